@@ -1,0 +1,44 @@
+# One command does everything from a fresh clone:  make demo  |  make test
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint bench mutants docs setup clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## compare four methods on banking77, save and prove the winner (about 5 minutes)
+	$(BIN)/pegbox demo
+
+test: $(STAMP)  ## the whole suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## paired benchmarks against HF PEFT; rewrites docs/benchmarks.md
+	$(BIN)/python -m benchmarks
+
+mutants: $(STAMP)  ## plant one defect per conformance check and see it caught
+	$(BIN)/python -m tests.mutants
+
+docs: $(STAMP)  ## the documentation site, in site/
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site runs .mypy_cache .ruff_cache .pytest_cache
