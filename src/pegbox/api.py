@@ -1,0 +1,59 @@
+"""The verbs of the Python interface: `tune` a model, `load` an adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pegbox import anatomy, methods
+from pegbox.core import files
+from pegbox.core.errors import SettingsError
+from pegbox.core.method import Method
+from pegbox.core.tuned import Tuned
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def tune(
+    model: nn.Module,
+    method: str | Method = "lora",
+    *,
+    name: str = "default",
+    also_train: Sequence[str] = (),
+    seed: int = 0,
+    **settings: Any,
+) -> Tuned:
+    """Put an adapter on a model, ready to train.
+
+        tuned = pegbox.tune(model, "lora", rank=16)
+
+    Args:
+        model: any `nn.Module`; its parameters are frozen and its tensors left alone, unless the method trains them.
+        method: a name from `pegbox methods`, or a method with its settings, `LoRA(rank=16)`.
+        name: of the adapter.
+        also_train: modules to train whole beside the method, `("head",)` for a new classifier.
+        seed: of every draw that builds the adapter.
+        settings: of the method, where it is given by name.
+
+    Raises:
+        SettingsError: an unknown method or setting, a wrong type or range.
+        TargetError: a target that names nothing in this model.
+    """
+    if isinstance(method, Method) and settings:
+        raise SettingsError(f"settings are part of {method!r} already; got {', '.join(settings)} beside it")
+    built = method if isinstance(method, Method) else methods.make(method, settings)
+    return Tuned(model, anatomy.of(model), built, name=name, also_train=also_train, seed=seed)
+
+
+def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default") -> Tuned:
+    """Put a saved adapter, Pegbox's or HF PEFT's, on its base; on a tuned model, beside those it has.
+
+    Raises:
+        AdapterError: a damaged file, another base, or a tensor that has no place or the wrong shape.
+    """
+    file = files.read(directory, methods.catalogue().values())
+    tuned = model if isinstance(model, Tuned) else Tuned(model, anatomy.of(model))
+    files.put(file, tuned, methods.get(file.method), name)
+    return tuned.eval()

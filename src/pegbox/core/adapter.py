@@ -1,0 +1,152 @@
+"""An adapter: all that one method has learned on one base, under a name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from pegbox.core.errors import AdapterError, TargetError
+from pegbox.core.graft import CopyGraft, Graft
+from pegbox.core.method import Anatomy, Method
+from pegbox.core.context import Context
+from pegbox.core.site import Site
+
+State = dict[str, Tensor]
+
+
+class Adapter(nn.Module):
+    """The grafts, shared parameters and trained copies of one method, in a tree of their own.
+
+    A state's keys: `graft.PATH.NAME`, `shared.NAME`, `copy.PATH.NAME` and, for a method that trains the base's own
+    tensors, `base.NAME`.
+    """
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+        self.grafts = nn.ModuleDict()
+        self.copies = nn.ModuleDict()
+        self.shared: nn.Module | None = None
+        self.selected: tuple[str, ...] = ()
+        self.trained: frozenset[str] = frozenset()  # own parameters that were trainable when built
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """Parameters of the grafts by state key; shared ones once."""
+        return {_state_key(name): p for name, p in self.named_parameters()}
+
+    def own_state(self) -> State:
+        """Parameters and buffers of the grafts by state key."""
+        return {_state_key(name): value for name, value in self.state_dict(keep_vars=True).items()}
+
+
+def build(
+    method: Method, model: nn.Module, anatomy: Anatomy, site_at: SiteAt, *, also_train: Iterable[str], seed: int
+) -> tuple[Adapter, dict[str, Graft]]:
+    """A new adapter, and its grafts by path; nothing in the model has changed if this raises.
+
+    Every graft is drawn from a seed of its own, made of `seed` and its path, so that neither the global generator nor
+    the order of sites matters.
+    """
+    adapter = Adapter(method)
+    copies = _copied_paths(anatomy, also_train)
+    with seeded(seed, "shared"):
+        adapter.shared = method.shared(model, anatomy)
+    by_path: dict[str, Graft] = {}
+    for path in method.sites(model, anatomy):
+        if any(path == c or path.startswith(f"{c}.") for c in copies):
+            continue  # trained whole already
+        site = site_at(path)
+        with seeded(seed, path):
+            graft = method.graft(site, adapter.shared)
+        if graft is not None:
+            by_path[path] = graft.to(site.device)
+            adapter.grafts[module_key(path)] = graft
+    for path in copies:
+        graft = CopyGraft(site_at(path).module)
+        by_path[path] = graft
+        adapter.copies[module_key(path)] = graft
+    adapter.selected = tuple(method.selects(model, anatomy))
+    adapter.trained = frozenset(key for key, p in adapter.own().items() if p.requires_grad)
+    if not adapter.trained and not adapter.selected:
+        raise TargetError(f"{type(method).__name__} found nothing to train in {type(model).__name__}")
+    return adapter, by_path
+
+
+class SiteAt:
+    """Sites by path, made when first asked for, released again if the adapter is not completed."""
+
+    def __init__(self, model: nn.Module, known: dict[str, Site], context: Context) -> None:
+        self.modules, self.known, self.context = dict(model.named_modules()), known, context
+        self.made: list[Site] = []
+
+    def __call__(self, path: str) -> Site:
+        if path not in self.known:
+            site = Site(path, self.modules[path], self.context)
+            self.known[path] = site
+            self.made.append(site)
+        return self.known[path]
+
+    def undo(self) -> None:
+        for site in self.made:
+            site.release()
+            del self.known[site.path]
+
+
+class seeded:  # noqa: N801  (a context manager that reads as a verb)
+    """Draw from a generator made of a seed and a word, and leave the global one as it was."""
+
+    def __init__(self, seed: int, word: str) -> None:
+        digest = hashlib.sha256(f"{seed}/{word}".encode()).digest()
+        self.seed = int.from_bytes(digest[:7], "little")
+        self._fork = torch.random.fork_rng()
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *exc: object) -> None:
+        self._fork.__exit__(*exc)  # type: ignore[arg-type]
+
+
+def check_fit(have: State, want: State, what: str) -> None:
+    """Raise AdapterError unless two states have the same keys and shapes."""
+    missing, unexpected = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    if missing or unexpected:
+        wrong = {"missing": missing, "unexpected": unexpected}
+        parts = [f"{len(keys)} keys {word} (first: {keys[0]})" for word, keys in wrong.items() if keys]
+        raise AdapterError(f"{what} does not fit this model and method: {', '.join(parts)}")
+    for key, value in want.items():
+        if have[key].shape != value.shape:
+            raise AdapterError(
+                f"{what} does not fit: {key} is {tuple(have[key].shape)} in the file, {tuple(value.shape)} in the model"
+            )
+
+
+def _copied_paths(anatomy: Anatomy, also_train: Iterable[str]) -> list[str]:
+    names = tuple(also_train)
+    return anatomy.resolve(names, kinds=(nn.Module,)) if names else []
+
+
+def module_key(path: str) -> str:
+    """A path as a ModuleDict key, which may not hold dots."""
+    return path.replace(".", "/") or "(model)"
+
+
+def path_of(key: str) -> str:
+    """The inverse of `module_key`."""
+    return "" if key == "(model)" else key.replace("/", ".")
+
+
+def _state_key(name: str) -> str:
+    """`grafts.a/b.w` -> `graft.a.b.w`."""
+    tree, _, rest = name.partition(".")
+    if tree == "shared":
+        return name
+    key, _, leaf = rest.partition(".")
+    word = {"grafts": "graft", "copies": "copy"}[tree]
+    path = path_of(key)
+    return f"{word}.{path}.{leaf}" if path else f"{word}.{leaf}"
+

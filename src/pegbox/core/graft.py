@@ -1,0 +1,123 @@
+"""Grafts: the small trained modules that run around a site.
+
+`Graft` may change the input, the output, or whether and how the base is called.  `WeightGraft` says what becomes of
+one parameter, W -> weight(W); merging uses that, and the suite holds any faster `forward` equal to it.
+`LowRankGraft` is a weight graft that only names its factors.
+
+Parameters are float32 masters, whatever the base's dtype.  A plain graft is called with its parameters cast to the
+dtype of what it works on.  A weight graft sees the masters: `weight` promotes by itself and the core rounds the result
+once; a faster `forward` is written with the core's operations (`base.low_rank`, `rescale`), which cast inside.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pegbox.core.errors import SettingsError
+from pegbox.core.low_rank import Down, as_matrix
+from pegbox.core.site import Base, Site, first_tensor
+
+
+class Graft(nn.Module):
+    """Runs around a site."""
+
+    parameter: ClassVar[str | None] = None  # the parameter a weight graft maps
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} says nothing about forward")
+
+    def weight(self, w: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} is not a map of a parameter")
+
+    def rates(self) -> dict[str, float]:
+        """Learning-rate multipliers, by name of an own parameter; 1 where not given."""
+        return {}
+
+    def run(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        """Call forward with parameters in the dtype of the computation."""
+        like = first_tensor((*args, *kwargs.values(), *base.site.module.parameters()))
+        own = dict(self.named_parameters())
+        if like is None or all(p.dtype == like.dtype for p in own.values()):
+            return self(base, *args, **kwargs)
+        cast = {name: p.to(like.dtype) for name, p in own.items()}
+        return functional_call(self, cast, (base, *args), kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Graft:
+        """Follow the base to a device, never to a dtype: masters stay float32."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(fn(torch.empty(0, device=t.device)).device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-any-return]
+
+
+class WeightGraft(Graft):
+    """W -> weight(W), for one parameter of a site.  `forward` may be overridden by something faster."""
+
+    parameter = "weight"
+
+    @abstractmethod
+    def weight(self, w: Tensor) -> Tensor:
+        """The parameter as this graft leaves it; a matrix is (out, in, ...)."""
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        assert self.parameter is not None
+        return base.with_values({self.parameter: self.weight(base.read(self.parameter))})(*args, **kwargs)
+
+    def run(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        return self(base, *args, **kwargs)
+
+
+class LowRankGraft(WeightGraft):
+    """W + scale * up @ down, never materialised in the forward.  A subclass names the factors, and no more."""
+
+    dropout: float = 0.0
+
+    @abstractmethod
+    def factors(self) -> tuple[Down, Tensor, float]:
+        """down (r, in) or the width r of shards; up (out, r); scale."""
+
+    def weight(self, w: Tensor) -> Tensor:
+        down, up, scale = self.factors()
+        return w + scale * (up @ as_matrix(down, w.shape[1], up))
+
+    def forward(self, base: Base, x: Tensor) -> Tensor:  # type: ignore[override]
+        dropped = nn.functional.dropout(x, self.dropout) if self.training and self.dropout else None
+        return base.low_rank(x, *self.factors(), dropped=dropped)
+
+
+def low_rank_pair(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (rank, in) drawn uniform as in the code of LoRA's authors, and B (out, rank) of zeros.
+
+    Raises:
+        SettingsError: a rank above what the site's matrix can have.
+    """
+    out, in_ = site.shape
+    if rank > min(out, in_):
+        raise SettingsError(f"rank must be 1..{min(out, in_)} at {site.path} (a {out} x {in_} weight), got {rank}")
+    a = nn.Parameter(torch.empty(rank, in_))
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, nn.Parameter(torch.zeros(out, rank))
+
+
+class CopyGraft(Graft):
+    """A trained copy of a whole module, a new classification head say; runs in the place of the original."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.names = [name for name, _ in module.named_parameters()]
+        self.values = nn.ParameterList(nn.Parameter(p.detach().float().clone()) for p in module.parameters())
+
+    def current(self) -> dict[str, Tensor]:
+        """The copy, by the module's own parameter names."""
+        return dict(zip(self.names, self.values, strict=True))
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        return base.site.run_whole(self.current(), *args, **kwargs)

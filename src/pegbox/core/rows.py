@@ -1,0 +1,134 @@
+"""A batch whose rows use different adapters: row i of every input and output belongs to adapter `rows[i]`.
+
+Low-rank adapters share one pass of the base and one batched product over factors gathered per row.  Others run on
+their own rows, group by group, inside the site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pegbox.core.errors import CannotMix
+from pegbox.core.graft import Graft, LowRankGraft
+from pegbox.core.low_rank import as_matrix
+from pegbox.core.site import Base, Site
+
+Rows = tuple[str | None, ...]
+
+
+def run_rows(site: Site, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The site's forward with an adapter per row.
+
+    Raises:
+        CannotMix: the batch has not len(rows) rows here, or a site's outputs cannot be put together again.
+    """
+    used = [site.grafts.get(name) if name is not None else None for name in rows]
+    present = [graft for graft in used if graft is not None]
+    if not present:
+        return site.original(*args, **kwargs)
+    _check_rows(site, rows, args, kwargs)
+    if site.is_linear and not kwargs and all(isinstance(g, LowRankGraft) for g in present):
+        return _low_rank_rows(site, used, args[0])  # type: ignore[arg-type]
+    return _grouped_rows(site, used, args, kwargs)
+
+
+def _check_rows(site: Site, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim), None)
+    if first is None or first.shape[0] != len(rows):
+        got = "no tensor" if first is None else f"{first.shape[0]} rows"
+        raise CannotMix(f"{len(rows)} rows were given adapters, but {site.path or 'the model'} was called with {got}")
+
+
+def _low_rank_rows(site: Site, used: list[LowRankGraft | None], x: Tensor) -> Tensor:
+    """x: (B, ..., in) -> (B, ..., out)."""
+    y = site.original(x)
+    down, up = _gathered(site, used, x)  # (B, r, in), (B, out, r)
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, t, in)
+    h = torch.bmm(rows, down.transpose(1, 2))  # (B, t, r)
+    flat = y.reshape(y.shape[0], -1, y.shape[-1])
+    if torch.is_grad_enabled():
+        return torch.baddbmm(flat, h, up.transpose(1, 2)).view(y.shape)
+    return flat.baddbmm_(h, up.transpose(1, 2)).view(y.shape)
+
+
+def _gathered(site: Site, used: list[LowRankGraft | None], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors by row, the scale folded in, ranks padded with zeros to the largest; kept while nothing changes."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _gather(used, x)
+    versions = tuple((id(p), p._version) for g in used if g is not None for p in g.parameters())
+    key = (versions, tuple(map(id, used)), x.dtype)
+    if site.gathered is None or site.gathered[0] != key:
+        site.gathered = (key, _gather(used, x))
+    return site.gathered[1]
+
+
+def _gather(used: list[LowRankGraft | None], x: Tensor) -> tuple[Tensor, Tensor]:
+    distinct = list(dict.fromkeys(g for g in used if g is not None))
+    factors = []
+    for graft in distinct:
+        down, up, scale = graft.factors()
+        factors.append((as_matrix(down, x.shape[-1], up), scale * up))
+    rank = max(up.shape[1] for _, up in factors)
+    downs = [F.pad(down, (0, 0, 0, rank - down.shape[0])).to(x.dtype) for down, _ in factors]
+    ups = [F.pad(up, (0, rank - up.shape[1])).to(x.dtype) for _, up in factors]
+    if any(g is None for g in used):
+        downs.append(torch.zeros_like(downs[0]))
+        ups.append(torch.zeros_like(ups[0]))
+    index = torch.tensor([distinct.index(g) if g is not None else len(distinct) for g in used], device=x.device)
+    return torch.stack(downs)[index], torch.stack(ups)[index]
+
+
+def _grouped_rows(site: Site, used: list[Graft | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each graft on its own rows, the results put back in place."""
+    outputs, places = [], []
+    rows = site.context.rows
+    assert rows is not None
+    try:
+        for graft in dict.fromkeys(used):
+            index = [i for i, g in enumerate(used) if g is graft]
+            place = torch.tensor(index)
+            some_args, some_kwargs = _take((args, kwargs), place, len(used))
+            site.context.rows = tuple(rows[i] for i in index)  # for the sites inside this module
+            outputs.append(Base(site, () if graft is None else (graft,))(*some_args, **some_kwargs))
+            places.append(place)
+    finally:
+        site.context.rows = rows
+    order = torch.argsort(torch.cat(places))
+    return _join(site, outputs, order)
+
+
+def _take(value: Any, index: Tensor, batch: int) -> Any:
+    return _map(value, lambda t: t[index.to(t.device)] if t.ndim and t.shape[0] == batch else t)
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: _map(v, change) for k, v in value.items()}
+    if isinstance(value, (tuple, list)) and not dataclasses.is_dataclass(value):
+        return type(value)(_map(v, change) for v in value)
+    return value
+
+
+def _join(site: Site, outputs: list[Any], order: Tensor) -> Any:
+    """Outputs of several groups of rows, concatenated and put in the order of the batch."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        if len({o.shape[1:] for o in outputs}) > 1:
+            raise CannotMix(f"rows of {site.path or 'the model'} differ in shape: {[tuple(o.shape) for o in outputs]}")
+        return torch.cat(outputs)[order.to(first.device)]
+    if isinstance(first, Mapping):
+        joined = {k: _join(site, [o[k] for o in outputs], order) for k in first}
+        return type(first)(**joined) if dataclasses.is_dataclass(first) else joined
+    if isinstance(first, tuple):
+        return tuple(_join(site, list(parts), order) for parts in zip(*outputs, strict=True))
+    if first is None:
+        return None
+    raise CannotMix(f"{site.path or 'the model'} returns {type(first).__name__}, which cannot be split by rows")

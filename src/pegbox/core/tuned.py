@@ -1,0 +1,348 @@
+"""A tuned model: a base and the grafts of its adapters, in two separate trees."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pegbox.core import adapter as adapters_
+from pegbox.core.adapter import Adapter, SiteAt, State, check_fit
+from pegbox.core.compose import Plan, Stack, Sum, as_plan, chain
+from pegbox.core.context import Context
+from pegbox.core.errors import CannotDisable, CannotMerge, CannotMix, MethodError, did_you_mean
+from pegbox.core.graft import CopyGraft
+from pegbox.core.method import Anatomy, Method
+from pegbox.core.settings import check
+from pegbox.core.site import Base, Site
+
+
+class Tuned(nn.Module):
+    """A base model with adapters around its modules.
+
+    The base keeps its keys, classes and, unless a method trains them, its tensors.  What `Tuned` does not define is
+    looked up on the base (`tuned.config`, `tuned.generate(...)`).
+
+    Args:
+        model: any `nn.Module`; frozen here, except what the method trains.
+        anatomy: its roles, from `pegbox.anatomy.of(model)`.
+        method: the first adapter's method, or None to start with no adapter.
+        name: the first adapter's name.
+        also_train: modules to train whole beside the method, a new classification head say.
+        seed: of every draw that builds the adapter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        method: Method | None = None,
+        *,
+        name: str = "default",
+        also_train: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, Tuned) or any(isinstance(m.__dict__.get("forward"), Site) for m in model.modules()):
+            raise MethodError("this model is tuned already; give it another adapter with tuned.add(name, method)")
+        self.model = model
+        self.adapters = nn.ModuleDict()
+        self.anatomy = anatomy
+        self.context = Context(anatomy)
+        self._sites: dict[str, Site] = {}
+        self._plan: Plan | None = None
+        self._required = {n: p.requires_grad for n, p in model.named_parameters()}
+        self._unmerged: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
+        if method is not None:
+            self.add(name, method, also_train=also_train, seed=seed)
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, method: Method, *, also_train: Sequence[str] = (), seed: int = 0) -> Self:
+        """Put another adapter on the base and use it.
+
+        Raises:
+            SettingsError, TargetError: from the method and its targets; the model is as it was.
+            CannotMix: the method trains the base's own tensors and is not alone, or another here does.
+        """
+        check(method)
+        self._check_alone(name, method)
+        site_at = SiteAt(self.model, self._sites, self.context)
+        try:
+            adapter, grafts = adapters_.build(
+                method, self.model, self.anatomy, site_at, also_train=also_train, seed=seed
+            )
+        except BaseException:
+            site_at.undo()
+            raise
+        self.adapters[name] = adapter.train(self.training)
+        for path, graft in grafts.items():
+            self._sites[path].grafts[name] = graft
+        self.use(name)
+        return self
+
+    def _check_alone(self, name: str, method: Method) -> None:
+        if not name or "." in name:
+            raise MethodError(f"an adapter's name is text without dots, got {name!r}")
+        if name in self.adapters:
+            raise MethodError(f"there is an adapter {name!r} already; choose another name")
+        whole = [n for n, a in self._adapters().items() if not a.method.traits.keeps_base]
+        if whole or (len(self.adapters) and not method.traits.keeps_base):
+            trains = whole[0] if whole else name
+            raise CannotMix(f"adapter {trains!r} trains the base's own tensors, so it shares the model with no other")
+
+    def remove(self, name: str, then: Plan | None = None) -> Self:
+        """Drop an adapter; use `then`, or nothing."""
+        self.adapter(name)
+        for site in list(self._sites.values()):
+            site.grafts.pop(name, None)
+            site.chain = ()
+            if not site.grafts:
+                site.release()
+                del self._sites[site.path]
+        del self.adapters[name]
+        self._plan = None
+        return self.use(then) if then else self
+
+    def use(self, plan: str | Stack | Sum | Sequence[str]) -> Self:
+        """Choose what runs: one adapter, `Stack("a", "b")`, or `Sum(a=0.5, b=0.5)`; only these train."""
+        plan = as_plan(plan)
+        for name in plan.names:
+            self.adapter(name)
+        chains = {path: chain(plan, site.grafts) for path, site in self._sites.items()}
+        for path, site in self._sites.items():
+            site.chain = chains[path]
+        self._plan = plan
+        self._set_requires_grad(plan.names)
+        return self
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters in use."""
+        return self._plan.names if self._plan else ()
+
+    def adapter(self, name: str | None = None) -> Adapter:
+        """An adapter by name; the one in use if none is given."""
+        if name is None:
+            if len(self.active) != 1:
+                raise MethodError(f"{len(self.active)} adapters are in use, so one must be named{_one_of(self)}")
+            name = self.active[0]
+        if name not in self.adapters:
+            raise MethodError(f"no adapter {name!r}{did_you_mean(name, self.adapters)}")
+        return self._adapters()[name]
+
+    @property
+    def method(self) -> Method:
+        """The method of the adapter in use."""
+        return self.adapter().method
+
+    def _adapters(self) -> dict[str, Adapter]:
+        return dict(self.adapters.items())  # type: ignore[arg-type]
+
+    def _set_requires_grad(self, names: Iterable[str]) -> None:
+        for name, adapter in self._adapters().items():
+            for key, parameter in adapter.own().items():
+                parameter.requires_grad_(name in names and key in adapter.trained)
+        selected = {n for name in names for n in self._adapters()[name].selected}
+        for n, parameter in self.model.named_parameters():
+            parameter.requires_grad_(n in selected)
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is the base: a DPO reference, a teacher, a baseline.
+
+        Raises:
+            CannotDisable: the method trains the base's own tensors.
+        """
+        moved = [n for n in self.active if not self.adapter(n).method.traits.keeps_base]
+        if moved:
+            raise CannotDisable(f"adapter {moved[0]!r} trains the base's own tensors; load the base again for a reference")
+        before, self.context.bare = self.context.bare, True
+        try:
+            yield
+        finally:
+            self.context.bare = before
+
+    @contextlib.contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Inside, row i of every batch uses adapter `names[i]`, or the base where it is None.
+
+        A backward pass belongs inside too when gradient checkpointing is on, since it runs forwards again.
+        """
+        for name in {n for n in names if n is not None}:
+            method = self.adapter(name).method
+            if not method.traits.per_row:
+                raise CannotMix(f"adapter {name!r} ({type(method).__name__}) cannot differ from row to row")
+        before, self.context.rows = self.context.rows, tuple(names)
+        try:
+            yield
+        finally:
+            self.context.rows = before
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that trains now, by state key."""
+        own = {k: p for name in self.active for k, p in self._prefixed(name) if p.requires_grad}
+        base = {f"base.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
+        return own | base
+
+    def _prefixed(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        lone = len(self.active) == 1
+        return [(k if lone else f"{name}:{k}", p) for k, p in self.adapter(name).own().items()]
+
+    def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Optimizer parameter groups: each learning rate and decay once; vectors are not decayed."""
+        rates = {id(p): rate for name in self.active for p, rate in _rates(self.adapter(name))}
+        grouped: dict[tuple[float, float], dict[str, Any]] = {}
+        for key, p in self.trainable().items():
+            at = (lr * rates.get(id(p), 1.0), weight_decay if p.ndim > 1 else 0.0)
+            group = grouped.setdefault(at, {"params": [], "names": [], "lr": at[0], "weight_decay": at[1]})
+            group["params"].append(p)
+            group["names"].append(key)
+        return list(grouped.values())
+
+    def print_trainable_parameters(self) -> None:
+        """One line: how many parameters train, of how many."""
+        some, all_ = self.count()
+        print(f"trainable params: {some:,} || all params: {all_:,} || trainable%: {100 * some / all_:.4f}")
+
+    def count(self) -> tuple[int, int]:
+        """Parameters that train, and all parameters of base and adapters in use."""
+        own = sum(p.numel() for name in self.active for p in self.adapter(name).own().values())
+        some = sum(p.numel() for p in self.trainable().values())
+        return some, own + sum(p.numel() for p in self.model.parameters())
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state(self, name: str | None = None) -> State:
+        """Everything an adapter has learned, and nothing else; detached, not copied."""
+        adapter = self.adapter(name)
+        base = dict(self.model.named_parameters())
+        state = {k: v.detach() for k, v in adapter.own_state().items()}
+        return state | {f"base.{n}": base[n].detach() for n in adapter.selected}
+
+    @torch.no_grad()
+    def load_state(self, state: State, name: str | None = None) -> None:
+        """Copy a state into an adapter.
+
+        Raises:
+            AdapterError: other keys or shapes than this adapter's; nothing is changed.
+        """
+        want = self.state(name)
+        check_fit(state, want, "the adapter")
+        for key, value in want.items():
+            value.copy_(state[key])
+
+    def save(self, directory: Any, name: str | None = None) -> None:
+        """Write an adapter as `adapter_config.json` and `adapter_model.safetensors` (see `pegbox.core.files`)."""
+        from pegbox.core.files import save
+
+        save(self, directory, name)
+
+    # -- leaving -------------------------------------------------------------------------------------------------
+
+    def detach(self) -> nn.Module:
+        """Take every graft off and give back the base, its tensors, flags and forwards as they were."""
+        for site in self._sites.values():
+            site.release()
+        self._sites.clear()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required.get(name, True))
+        return self.model
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Fold the adapters in use into the base's weights and give it back, without grafts.
+
+        All or nothing.  The original tensors are kept until `unmerge` or until this object is gone.  A merged weight
+        that was tied to another is its own from then on, and `config.tie_word_embeddings` says so.
+
+        Raises:
+            CannotMerge: a graft changes more than a weight.
+        """
+        for path, site in self._sites.items():
+            for graft in site.chain:
+                if graft.parameter is None and not isinstance(graft, CopyGraft):
+                    raise CannotMerge(
+                        f"{type(graft).__name__} at {path or 'the model'} acts on activations, not on a weight"
+                    )
+        merged = [(site, *pair) for site in self._sites.values() for pair in _merged(site)]
+        for site, parameter, value in merged:
+            self._swap(site, parameter, value)
+        for site in self._sites.values():
+            site.release()
+        return self.model
+
+    def _swap(self, site: Site, dotted: str, value: Tensor) -> None:
+        owner, leaf = _owner(site.module, dotted)
+        kept: nn.Parameter = getattr(owner, leaf)
+        path = f"{site.path}.{dotted}"
+        _untie(self.model, path, kept)
+        self._unmerged[path] = (owner, leaf, kept)
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+
+    def unmerge(self) -> Self:
+        """Undo `merge`: the very tensors of before, and the grafts around them."""
+        if not self._unmerged:
+            raise MethodError("there is nothing to unmerge; merge() comes first")
+        for owner, leaf, kept in self._unmerged.values():
+            setattr(owner, leaf, kept)
+        self._unmerged.clear()
+        for site in self._sites.values():
+            site.module.forward = site
+        return self
+
+
+def _merged(site: Site) -> list[tuple[str, Tensor]]:
+    """(parameter, its merged value as the module keeps it) for one site."""
+    out = []
+    for parameter in dict.fromkeys(g.parameter for g in site.chain if g.parameter):
+        out.append((parameter, site.stored(parameter, Base(site, site.chain).read(parameter))))
+    for graft in site.chain:
+        if isinstance(graft, CopyGraft):
+            kept = dict(site.module.named_parameters())
+            out += [(n, v.detach().to(kept[n].dtype).clone()) for n, v in graft.current().items()]
+    return out
+
+
+def _owner(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
+    path, _, leaf = dotted.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _untie(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    """Note in the config that a tensor about to be replaced is no longer shared."""
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter]
+    config = getattr(model, "config", None)
+    if len(names) > 1 and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def _rates(adapter: Adapter) -> list[tuple[nn.Parameter, float]]:
+    """(parameter, learning-rate multiplier) for the grafts that ask for one."""
+    out = []
+    for graft in adapter.grafts.values():
+        own = dict(graft.named_parameters())
+        out += [(own[name], rate) for name, rate in graft.rates().items()]  # type: ignore[operator]
+    return out
+
+
+def _one_of(tuned: Tuned) -> str:
+    return f"; there are: {', '.join(tuned.adapters)}" if len(tuned.adapters) else ""
