@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from pegbox.core.context import Context
 from pegbox.core.errors import AdapterError, TargetError
 from pegbox.core.graft import CopyGraft, Graft
 from pegbox.core.method import Anatomy, Method
-from pegbox.core.context import Context
 from pegbox.core.site import Site
 
 State = dict[str, Tensor]
@@ -127,7 +127,7 @@ def check_fit(have: State, want: State, what: str) -> None:
 
 def _copied_paths(anatomy: Anatomy, also_train: Iterable[str]) -> list[str]:
     names = tuple(also_train)
-    return anatomy.resolve(names, kinds=(nn.Module,)) if names else []
+    return anatomy.resolve(names, kinds=(nn.Module,), who="also_train") if names else []
 
 
 def module_key(path: str) -> str:
@@ -149,4 +149,3 @@ def _state_key(name: str) -> str:
     word = {"grafts": "graft", "copies": "copy"}[tree]
     path = path_of(key)
     return f"{word}.{path}.{leaf}" if path else f"{word}.{leaf}"
-

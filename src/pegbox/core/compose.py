@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pegbox.core.errors import CannotMix
 from pegbox.core.graft import Graft, LowRankGraft
@@ -120,5 +120,5 @@ class LowRankSum(_Members):
         down, up, _ = self.factors(w.shape[1])
         return w + up @ down
 
-    def run(self, base: Base, x: Tensor) -> Tensor:  # type: ignore[override]
+    def run(self, base: Base, x: Tensor) -> Tensor:
         return base.low_rank(x, *self.factors(x.shape[-1]))

@@ -193,14 +193,10 @@ def chunked_head_token_losses(
     return _head_token_losses(head, hidden, labels, rule, ignore_index, chunk)
 
 
-def token_losses(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0
-) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
     """The same loss from logits that exist already: (N, V), (N,) -> (N,), 0 where a token has no label."""
     logits = logits.to(_statistics(logits.dtype))
-    return F.cross_entropy(
-        logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
-    )
+    return F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
 
 
 def _head_token_losses(

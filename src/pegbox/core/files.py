@@ -66,7 +66,7 @@ def save(tuned: Tuned, directory: str | os.PathLike[str], name: str | None = Non
     copies = [path_of(key) for key in adapter.copies]
     header = {
         "format": 1,
-        "method": type(adapter.method).__module__.rpartition(".")[2],
+        "method": adapter.method.name(),
         "settings": asdict(adapter.method),
         "also_train": copies,
         "fingerprint": fingerprint(tuned.model, without=copies) if adapter.method.traits.keeps_base else None,
@@ -104,7 +104,7 @@ def read(directory: str | os.PathLike[str], methods: Iterable[type[Method]]) -> 
         )
     method = _recognise(config, methods, folder)
     return AdapterFile(
-        method=method.__module__.rpartition(".")[2],
+        method=method.name(),
         settings=_settings_from_peft(config, method),
         also_train=tuple(config.get("modules_to_save") or ()),
         base=config.get("base_model_name_or_path"),

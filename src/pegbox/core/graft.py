@@ -55,7 +55,7 @@ class Graft(nn.Module):
         def move(t: Tensor) -> Tensor:
             return t.to(fn(torch.empty(0, device=t.device)).device)
 
-        return super()._apply(move, recurse)  # type: ignore[no-any-return]
+        return super()._apply(move, recurse)
 
 
 class WeightGraft(Graft):
@@ -88,7 +88,7 @@ class LowRankGraft(WeightGraft):
         down, up, scale = self.factors()
         return w + scale * (up @ as_matrix(down, w.shape[1], up))
 
-    def forward(self, base: Base, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         dropped = nn.functional.dropout(x, self.dropout) if self.training and self.dropout else None
         return base.low_rank(x, *self.factors(), dropped=dropped)
 

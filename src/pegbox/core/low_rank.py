@@ -43,11 +43,11 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Down, 
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     matrix, shard = (None, down) if isinstance(down, int) else (down, 0)
-    return _LowRankLinear.apply(x, weight, bias, matrix, up, scale, shard)  # type: ignore[no-untyped-call]
+    return _LowRankLinear.apply(x, weight, bias, matrix, up, scale, shard)
 
 
 def low_rank_product(x: Tensor, down: Down, up: Tensor, scale: float) -> Tensor:
-    """`scale * up (down x)` in plain operations, for an x that is not the one the matrix sees: (..., in) -> (..., out)."""
+    """`scale * up (down x)` in plain operations, where x is not what the matrix sees: (..., in) -> (..., out)."""
     h = fold(x, down) if isinstance(down, int) else F.linear(x, down.to(x.dtype))
     return F.linear(h, (scale * up).to(x.dtype))
 
@@ -95,7 +95,7 @@ class _LowRankLinear(torch.autograd.Function):
         g = grad.reshape(-1, grad.shape[-1])  # (n, out)
         gh = g @ (ctx.scale * up).to(g.dtype) if wants_x or wants_down else None  # (n, r)
         gx = None
-        if wants_x:
+        if wants_x and gh is not None:
             gx = g @ weight  # (n, in)
             if down is None:
                 _add_to_shards(gx, gh, ctx.shard)

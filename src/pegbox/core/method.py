@@ -7,7 +7,7 @@ the docs, the command line and the conformance suite read them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -36,11 +36,12 @@ class Anatomy(Protocol):
 
     def resolve(
         self,
-        targets: str | tuple[str, ...],
+        targets: str | Sequence[str],
         *,
-        exclude: str | tuple[str, ...] = (),
+        exclude: str | Sequence[str] = (),
         layers: str | None = None,
         kinds: tuple[type[nn.Module], ...] = MATRIX,
+        who: str = "this method",
     ) -> list[str]:
         """Paths that a target names; TargetError if it, or a part of it, names nothing."""
 
@@ -97,17 +98,28 @@ class Traits:
 class Method:
     """Base of every method; the fields are settings, `traits` and `kinds` are facts."""
 
-    targets: str | tuple[str, ...] = setting("all-linear", "roles, leaf names, paths, all-linear, or a regex over paths")
+    targets: str | tuple[str, ...] = setting(
+        "all-linear", "roles, leaf names, paths, all-linear, or a regex over paths"
+    )
     exclude: str | tuple[str, ...] = setting((), "what to leave out of targets, written the same way")
     layers: str | None = setting(None, "blocks to use, as '0-5,8' or '-2' for the last two; all if none")
 
     traits: ClassVar[Traits]
     kinds: ClassVar[tuple[type[nn.Module], ...]] = MATRIX
 
+    @classmethod
+    def name(cls) -> str:
+        """The method's name in the registry: that of its file."""
+        return cls.__module__.rpartition(".")[2]
+
     def sites(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
         """Paths of the modules to graft; '' is the whole model."""
         return anatomy.resolve(
-            split_names(self.targets), exclude=split_names(self.exclude), layers=self.layers, kinds=self.kinds
+            split_names(self.targets),
+            exclude=split_names(self.exclude),
+            layers=self.layers,
+            kinds=self.kinds,
+            who=self.name(),
         )
 
     def shared(self, model: nn.Module, anatomy: Anatomy) -> nn.Module | None:

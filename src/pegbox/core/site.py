@@ -65,7 +65,7 @@ class Site:
         if self._patched_before is None:
             del self.module.forward
         else:
-            self.module.forward = self._patched_before  # type: ignore[method-assign]
+            self.module.forward = self._patched_before
 
     @property
     def transposed(self) -> bool:

@@ -68,7 +68,7 @@ class Tuned(nn.Module):
             SettingsError, TargetError: from the method and its targets; the model is as it was.
             CannotMix: the method trains the base's own tensors and is not alone, or another here does.
         """
-        check(method)
+        check(method, what=method.name())
         self._check_alone(name, method)
         site_at = SiteAt(self.model, self._sites, self.context)
         try:
@@ -172,7 +172,9 @@ class Tuned(nn.Module):
         """
         moved = [n for n in self.active if not self.adapter(n).method.traits.keeps_base]
         if moved:
-            raise CannotDisable(f"adapter {moved[0]!r} trains the base's own tensors; load the base again for a reference")
+            raise CannotDisable(
+                f"adapter {moved[0]!r} trains the base's own tensors; load the base again for a reference"
+            )
         before, self.context.bare = self.context.bare, True
         try:
             yield
@@ -312,9 +314,9 @@ class Tuned(nn.Module):
 
 def _merged(site: Site) -> list[tuple[str, Tensor]]:
     """(parameter, its merged value as the module keeps it) for one site."""
-    out = []
-    for parameter in dict.fromkeys(g.parameter for g in site.chain if g.parameter):
-        out.append((parameter, site.stored(parameter, Base(site, site.chain).read(parameter))))
+    base = Base(site, site.chain)
+    mapped = dict.fromkeys(g.parameter for g in site.chain if g.parameter)
+    out = [(parameter, site.stored(parameter, base.read(parameter))) for parameter in mapped]
     for graft in site.chain:
         if isinstance(graft, CopyGraft):
             kept = dict(site.module.named_parameters())

@@ -93,7 +93,7 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         if ours in values and ours not in implied:
             raise SettingsError(f"{name}.{ours} is given twice, as {key!r} too")
         values[ours] = value
-    return build(cls, values, what=_name_of(cls))
+    return build(cls, values, what=cls.name())
 
 
 def load(path: Path) -> type[Method]:
@@ -125,10 +125,6 @@ def _fields(cls: type[Method]) -> set[str]:
     import dataclasses
 
     return {f.name for f in dataclasses.fields(cls)}
-
-
-def _name_of(cls: type[Method]) -> str:
-    return cls.__module__.rpartition(".")[2]
 
 
 def _only_method(module: Any) -> type[Method]:

@@ -44,9 +44,9 @@ class DoRAGraft(WeightGraft):
         product = b @ (self.a @ self.a.T) * b  # (out, r)
         return (self.square + (2 * cross + product).sum(1)).clamp_min(0).sqrt()
 
-    def forward(self, base: Base, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         if base.grafts or base.values:  # another W than the one `square` was taken of
-            return super().forward(base, x)  # type: ignore[no-any-return]
+            return super().forward(base, x)
         factor = self.m / self.norm(base.read("weight"))
         dropped = nn.functional.dropout(x, self.dropout) if self.training and self.dropout else None
         y = base.low_rank(x, self.a, self.b, self.scale, dropped=dropped, bias=False)

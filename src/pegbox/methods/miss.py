@@ -14,7 +14,7 @@ code drops inputs before the shards are summed; so does this.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,9 @@ class MiSSGraft(LowRankGraft):
 @dataclass(frozen=True, kw_only=True)
 class MiSS(Method):
     rank: int = setting(64, "columns of a shard, and of D", at_least=1)
-    mini: int | None = setting(None, "rows of D that are trained, repeated for all outputs; all rows if none", at_least=1)
+    mini: int | None = setting(
+        None, "rows of D that are trained, repeated for all outputs; all rows if none", at_least=1
+    )
     dropout: float = setting(0.0, "share of the update's inputs dropped while training", at_least=0, below=1)
 
     traits: ClassVar[Traits] = Traits(

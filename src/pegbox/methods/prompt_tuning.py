@@ -39,7 +39,7 @@ class InsertGraft(Graft):
         self.owner = (prompt,)  # shared, so not registered here
         self.decoder_only = decoder_only
 
-    def forward(self, base: Base, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, base: Base, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         prompt = self.owner[0]
         n, (batch, length) = len(prompt.prompt), input_ids.shape
         if attention_mask is not None:
@@ -68,10 +68,10 @@ class ReplaceGraft(Graft):
         super().__init__()
         self.owner = (prompt,)
 
-    def forward(self, base: Base, ids: Tensor) -> Tensor:  # type: ignore[override]  # (B, n + T) -> (B, n + T, d)
+    def forward(self, base: Base, ids: Tensor) -> Tensor:  # (B, n + T) -> (B, n + T, d)
         embedded, prompt = base(ids), self.owner[0]
         if not prompt.waiting:
-            return embedded  # type: ignore[no-any-return]
+            return embedded
         prompt.waiting = False
         n = len(prompt.prompt)
         virtual = prompt.prompt.to(embedded.dtype).expand(len(ids), -1, -1)

@@ -9,6 +9,7 @@ U from N(0, 0.02^2), which `identity=False` brings back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,7 +19,12 @@ from torch import Tensor, nn
 
 from pegbox.core import Base, Graft, Method, Site, Traits, setting
 
-ACTIVATIONS = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
 
 
 class SeriesGraft(Graft):
@@ -33,7 +39,7 @@ class SeriesGraft(Graft):
         if not method.identity:
             nn.init.normal_(self.up, std=0.02)
 
-    def forward(self, base: Base, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         z = base(x)
         h = F.dropout(z, self.dropout, self.training)
         return z + self.scale * F.linear(self.activation(F.linear(h, self.down)), self.up)
