@@ -1,0 +1,136 @@
+"""The roles in one model's structure, and where they come from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import nn
+
+from pegbox.anatomy import tables
+from pegbox.anatomy.discover import discover
+from pegbox.anatomy.paths import ancestry, matches
+from pegbox.anatomy.roles import ROLES, is_role, under
+from pegbox.anatomy.targets import resolve
+from pegbox.core.errors import TargetError, did_you_mean
+from pegbox.core.site import MATRIX
+
+DISCOVERED = "discovered"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Role to module paths, for one model.
+
+    Args:
+        model_type: the model's `config.model_type`, or None where it has none.
+        source: the data file, such as `llama.toml`, or `discovered`.
+        found: role to paths in model order; a role that the model lacks is absent.
+        model: whose anatomy this is.
+    """
+
+    model_type: str | None
+    source: str
+    found: Mapping[str, tuple[str, ...]]
+    model: nn.Module = field(repr=False, compare=False)
+
+    def roles(self) -> dict[str, list[str]]:
+        """Every role that this model has, to its module paths in model order."""
+        return {role: list(self.found[role]) for role in ROLES if role in self.found}
+
+    def role(self, name: str) -> list[str]:
+        """Paths of the modules with role `name`; for a mere prefix (`norm`), of every role beneath it.
+
+        Raises:
+            TargetError: `name` is no role, or this model lacks it.
+        """
+        if name in self.found:
+            return list(self.found[name])
+        paths = [path for role in under(name, self.found) for path in self.found[role]]
+        if not paths:
+            raise TargetError(self._no_role(name))
+        return paths
+
+    def _no_role(self, name: str) -> str:
+        if not is_role(name):
+            return f"unknown role {name!r}{did_you_mean(name, ROLES)}"
+        return f"{self._title()} has no module with the role {name!r}; it has: {', '.join(self.roles())}"
+
+    @property
+    def blocks(self) -> list[str]:
+        """Paths of the blocks, in depth order; an encoder's blocks come before its decoder's."""
+        return list(self.found.get("block", ()))
+
+    @cached_property
+    def _depths(self) -> dict[str, int]:
+        return {path: depth for depth, path in enumerate(self.blocks)}
+
+    def depth(self, path: str) -> int | None:
+        """Which of `blocks` holds `path` (or is it), counted from 0; None for what lies outside them."""
+        return next((self._depths[part] for part in ancestry(path) if part in self._depths), None)
+
+    @property
+    def head(self) -> str | None:
+        """Path of the (first) head, if there is one."""
+        return next(iter(self.found.get("head", ())), None)
+
+    @property
+    def embed(self) -> str | None:
+        """Path of the (first) input embedding, if there is one."""
+        return next(iter(self.found.get("embed", ())), None)
+
+    def resolve(
+        self,
+        targets: str | Sequence[str],
+        *,
+        exclude: str | Sequence[str] = (),
+        layers: str | None = None,
+        kinds: tuple[type[nn.Module], ...] = MATRIX,
+        who: str = "this method",
+    ) -> list[str]:
+        """The paths that target items name; see `targets.resolve`."""
+        return resolve(self, self.model, targets, exclude=exclude, layers=layers, kinds=kinds, who=who)
+
+    def describe(self) -> str:
+        """A table of role, number of modules and path (`*` for the block), one role a line."""
+        rows = [(role, str(len(paths)), self._shortened(paths)) for role, paths in self.roles().items()]
+        rows = [("role", "modules", "path"), *rows]
+        wide = max(len(role) for role, _, _ in rows)
+        lines = [f"{role:<{wide}}  {count:>7}  {path}" for role, count, path in rows]
+        return "\n".join([f"{self._title()} ({self.source}), {len(self.blocks)} blocks", *lines])
+
+    def _title(self) -> str:
+        return self.model_type or "this model"
+
+    def _shortened(self, paths: list[str]) -> str:
+        return ", ".join(dict.fromkeys(self._starred(path) for path in paths))
+
+    def _starred(self, path: str) -> str:
+        depth = self.depth(path)
+        if depth is None:
+            return path
+        block = self.blocks[depth]
+        return re.sub(r"[^.]+$", "*", block) + path.removeprefix(block)
+
+
+def of(model: nn.Module) -> Anatomy:
+    """The anatomy of `model`: by its `config.model_type` where a data file knows it, else discovered.
+
+    A model of a known type in which the file's `block` matches nothing (another layout of the same
+    architecture) is discovered as well.
+    """
+    # Any nn.Module is welcome, so a missing config is an answer, not an error.
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    table = tables.by_model_type().get(model_type) if isinstance(model_type, str) else None
+    found = _matched(model, table.roles) if table else {}
+    if table and "block" in found:
+        return Anatomy(model_type, table.source, found, model)
+    return Anatomy(model_type, DISCOVERED, discover(model), model)
+
+
+def _matched(model: nn.Module, roles: tables.Patterns) -> dict[str, tuple[str, ...]]:
+    paths = [path for path, _ in model.named_modules()]
+    found = {role: tuple(p for p in paths if matches(p, patterns)) for role, patterns in roles.items()}
+    return {role: hits for role, hits in found.items() if hits}

@@ -1,0 +1,69 @@
+"""What is said of a target item that names nothing usable; the field's name is put before it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from pegbox.anatomy.roles import is_role
+from pegbox.anatomy.scope import Scope
+
+MOST = 8  # names listed in one message
+
+
+def nothing(scope: Scope, item: str) -> str:
+    """No module has this name: the nearest names, each with how many modules carry it."""
+    if is_role(item):
+        return f"{item!r} is a role that this model lacks; it has: {', '.join(scope.anatomy.roles())}"
+    return f"{item!r} match 0 of {len(scope.fitting)} {scope.noun()}; {_closest(scope, item)}"
+
+
+def wrong_kind(scope: Scope, item: str, paths: list[str]) -> str:
+    """The item names modules, but not such as the caller works on."""
+    if all(map(scope.never_called, paths)):
+        return f"{item!r} names a layer whose weight torch's MultiheadAttention reads without ever calling the layer"
+    classes = " and ".join(_with_article(name) for name in sorted({type(scope.modules[p]).__name__ for p in paths}))
+    within = Counter(path.rpartition(".")[2] for path in scope.beneath(paths))
+    hint = f"; within: {_counted(within.most_common(MOST))}" if within else ""
+    return f"{item!r} names {classes}; {scope.who} works on {', '.join(_workable(scope))}{hint}"
+
+
+def outside_layers(scope: Scope, item: str, paths: Iterable[str]) -> str:
+    """The item's modules all lie in other blocks, or in none."""
+    depths = sorted({depth for depth in map(scope.anatomy.depth, paths) if depth is not None})
+    where = f"in blocks {depths[0]} to {depths[-1]}" if depths else "outside the blocks"
+    return f"{item!r} match nothing in the given layers; what they name lies {where}"
+
+
+def bad_regex(item: str, error: re.error) -> str:
+    at = "" if error.pos is None else f" at position {error.pos}"
+    return f"{item!r} is not a role, a name or a valid regular expression: {error.msg}{at}"
+
+
+def _workable(scope: Scope) -> list[str]:
+    """The kinds, and what else in this model passes for one (Conv1D)."""
+    present = (type(scope.modules[path]) for path in scope.fitting)
+    return list(dict.fromkeys(kind.__name__ for kind in (*scope.kinds, *present)))
+
+
+def _closest(scope: Scope, item: str) -> str:
+    names = scope.leaf_names(item.count(".")) + _role_sizes(scope)
+    near = difflib.get_close_matches(item, names, n=3, cutoff=0.6)
+    if near:
+        return f"closest: {_counted((name, names[name]) for name in near)}"
+    return f"there are: {_counted(scope.leaf_names().most_common(MOST))}"
+
+
+def _role_sizes(scope: Scope) -> Counter[str]:
+    sizes = Counter({role: len(scope.fit(paths)) for role, paths in scope.anatomy.roles().items()})
+    return +Counter({"all-linear": len(scope.linears())}) + sizes
+
+
+def _counted(names: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in names) or "none"
+
+
+def _with_article(name: str) -> str:
+    return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
