@@ -11,7 +11,7 @@ from torch import Tensor
 from pegbox.core.errors import CannotMix
 from pegbox.core.graft import Graft, LowRankGraft
 from pegbox.core.low_rank import as_matrix
-from pegbox.core.site import Base
+from pegbox.core.site import Base, widened
 
 
 class Stack:
@@ -87,7 +87,7 @@ class WeightSum(_Members):
 
     def run(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         assert self.parameter is not None
-        return base.with_values({self.parameter: self.weight(base.read(self.parameter))})(*args, **kwargs)
+        return base.with_values({self.parameter: self.weight(widened(base.read(self.parameter)))})(*args, **kwargs)
 
 
 class OutputSum(_Members):

@@ -5,7 +5,7 @@ one parameter, W -> weight(W); merging uses that, and the suite holds any faster
 `LowRankGraft` is a weight graft that only names its factors.
 
 Parameters are float32 masters, whatever the base's dtype.  A plain graft is called with its parameters cast to the
-dtype of what it works on.  A weight graft sees the masters: `weight` promotes by itself and the core rounds the result
+dtype of what it works on.  A weight graft sees the masters, and `weight` a float32 matrix whose image the core rounds
 once; a faster `forward` is written with the core's operations (`base.low_rank`, `rescale`), which cast inside.
 """
 
@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from pegbox.core.errors import SettingsError
 from pegbox.core.low_rank import Down, as_matrix
-from pegbox.core.site import Base, Site, first_tensor
+from pegbox.core.site import Base, Site, first_tensor, widened
 
 
 class Graft(nn.Module):
@@ -69,7 +69,7 @@ class WeightGraft(Graft):
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         assert self.parameter is not None
-        return base.with_values({self.parameter: self.weight(base.read(self.parameter))})(*args, **kwargs)
+        return base.with_values({self.parameter: self.weight(widened(base.read(self.parameter)))})(*args, **kwargs)
 
     def run(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return self(base, *args, **kwargs)

@@ -151,7 +151,7 @@ class Base:
         value = self.site.read(parameter)
         for graft in self.grafts:
             if graft.parameter == parameter:
-                value = graft.weight(value)
+                value = graft.weight(widened(value))
         return value
 
     def with_values(self, values: Mapping[str, Tensor]) -> Base:
@@ -179,6 +179,11 @@ class Base:
             return F.linear(x, weight, b) + low_rank_product(dropped, down, up, scale)
         y = self(x) if bias or self.site.module.bias is None else self(x) - self.read("bias").to(x.dtype)
         return y + low_rank_product(x if dropped is None else dropped, down, up, scale)
+
+
+def widened(value: Tensor) -> Tensor:
+    """In float32 at least: what a weight graft, whose parameters are float32, computes with."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def first_tensor(values: Iterable[Any]) -> Tensor | None:

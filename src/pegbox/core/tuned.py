@@ -55,7 +55,8 @@ class Tuned(nn.Module):
         self._sites: dict[str, Site] = {}
         self._plan: Plan | None = None
         self._required = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._unmerged: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
+        self._unmerged: dict[str, tuple[nn.Module, str, nn.Parameter]] | None = None  # while merged
+        self._untied = False  # whether merging told the config so
         if method is not None:
             self.add(name, method, also_train=also_train, seed=seed)
 
@@ -278,7 +279,10 @@ class Tuned(nn.Module):
 
         Raises:
             CannotMerge: a graft changes more than a weight.
+            MethodError: it is merged already.
         """
+        if self._unmerged is not None:
+            raise MethodError("this model is merged already; unmerge() comes first")
         for path, site in self._sites.items():
             for graft in site.chain:
                 if graft.parameter is None and not isinstance(graft, CopyGraft):
@@ -286,6 +290,7 @@ class Tuned(nn.Module):
                         f"{type(graft).__name__} at {path or 'the model'} acts on activations, not on a weight"
                     )
         merged = [(site, *pair) for site in self._sites.values() for pair in _merged(site)]
+        self._unmerged = {}
         for site, parameter, value in merged:
             self._swap(site, parameter, value)
         for site in self._sites.values():
@@ -295,18 +300,20 @@ class Tuned(nn.Module):
     def _swap(self, site: Site, dotted: str, value: Tensor) -> None:
         owner, leaf = _owner(site.module, dotted)
         kept: nn.Parameter = getattr(owner, leaf)
-        path = f"{site.path}.{dotted}"
-        _untie(self.model, path, kept)
-        self._unmerged[path] = (owner, leaf, kept)
+        assert self._unmerged is not None
+        self._unmerged[f"{site.path}.{dotted}"] = (owner, leaf, kept)
+        self._untied = _untie(self.model, kept) or self._untied
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
     def unmerge(self) -> Self:
         """Undo `merge`: the very tensors of before, and the grafts around them."""
-        if not self._unmerged:
+        if self._unmerged is None:
             raise MethodError("there is nothing to unmerge; merge() comes first")
         for owner, leaf, kept in self._unmerged.values():
             setattr(owner, leaf, kept)
-        self._unmerged.clear()
+        if self._untied:
+            self.model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+        self._unmerged, self._untied = None, False
         for site in self._sites.values():
             site.module.forward = site
         return self
@@ -329,12 +336,14 @@ def _owner(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), leaf
 
 
-def _untie(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
-    """Note in the config that a tensor about to be replaced is no longer shared."""
+def _untie(model: nn.Module, parameter: nn.Parameter) -> bool:
+    """Note in the config that a tensor about to be replaced is no longer shared; whether there was need to."""
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter]
     config = getattr(model, "config", None)
-    if len(names) > 1 and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    if len(names) < 2 or not getattr(config, "tie_word_embeddings", False):
+        return False
+    config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return True
 
 
 def _rates(adapter: Adapter) -> list[tuple[nn.Parameter, float]]:
