@@ -1,0 +1,408 @@
+"""Whether two models are the same function: one tuned, one merged, one read back from disk, run on the same probes.
+
+    relative difference = max |z' - z| / max |z|        z, z': outputs of the two models, over all probes
+
+    KL = sum_c p_c (log p_c - log p'_c), in nats, per position        top-1: share of positions with one arg max
+
+What decides is the relative difference (and, for a reloaded model, that every tensor has the same bits); KL and top-1
+are there for the reader.  A model kept in half precision is run in float32, its weights widened exactly for the time
+of the probes: in its own arithmetic two right models differ by 2 to 5 % of the largest logit, which would hide most
+mistakes.  What is left is that a merged weight is rounded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pegbox.core.errors import CannotDisable, ModelError, ParityError
+from pegbox.core.tuned import Tuned
+from pegbox.evaluate.probes import Probe, builtin
+from pegbox.evaluate.saved import reload, save, unequal_tensors, weight_dtypes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Unit roundoffs are 6e-8, 5e-4 and 2e-3.  Float32 sums of different order were seen to differ by up to 1e-6 of the
+# largest logit on small models; a wrong scale, sign or layer by 1e-2 and more.  Rounding the merged weights once to
+# half precision was seen to cost up to 3 units (tests/evaluate/test_parity.py).
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model said to one probe.
+
+    Attributes:
+        values: (positions, classes), or (1, numbers) where they are no logits.
+        logits: whether a softmax over the last axis means something.
+    """
+
+    values: Tensor
+    logits: bool
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two models on one probe.
+
+    Attributes:
+        largest: largest absolute difference of the outputs.
+        scale: largest absolute output of the reference.
+        mean_kl, max_kl: over positions, in nats; None where outputs are no logits.
+        top1: share of positions with the same arg max; None where outputs are no logits.
+        positions: how many there are.
+    """
+
+    probe: str
+    largest: float
+    scale: float
+    mean_kl: float | None
+    max_kl: float | None
+    top1: float | None
+    positions: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models on all probes.
+
+    Attributes:
+        tolerance: of the relative difference; None for a pair that is shown and not judged.
+        tensors: names of the tensors whose bits differ, where they must not.
+    """
+
+    reference: str
+    other: str
+    tolerance: float | None
+    probes: tuple[Difference, ...]
+    tensors: tuple[str, ...] = ()
+
+    @property
+    def largest(self) -> float:
+        return _worst(d.largest for d in self.probes)
+
+    @property
+    def relative(self) -> float:
+        scale = _worst(d.scale for d in self.probes)
+        return self.largest / scale if scale else self.largest
+
+    @property
+    def mean_kl(self) -> float | None:
+        """Over all positions of all probes."""
+        known = [(d.mean_kl, d.positions) for d in self.probes if d.mean_kl is not None]
+        return sum(kl * n for kl, n in known) / sum(n for _, n in known) if known else None
+
+    @property
+    def max_kl(self) -> float | None:
+        known = [d.max_kl for d in self.probes if d.max_kl is not None]
+        return _worst(known) if known else None
+
+    @property
+    def top1(self) -> float | None:
+        known = [(d.top1, d.positions) for d in self.probes if d.top1 is not None]
+        return sum(share * n for share, n in known) / sum(n for _, n in known) if known else None
+
+    @property
+    def passed(self) -> bool:
+        return self.tolerance is None or (self.relative <= self.tolerance and not self.tensors)  # False for NaN
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {k: getattr(self, k) for k in ("largest", "relative", "mean_kl", "max_kl", "top1", "passed")}
+        return asdict(self) | numbers
+
+    def describe(self) -> str:
+        """Why it failed, with the numbers."""
+        if self.tensors:
+            first = ", ".join(self.tensors[:3])
+            more = f" and {len(self.tensors) - 3} more" if len(self.tensors) > 3 else ""
+            return f"{self.other} has other values than {self.reference} in {len(self.tensors)} tensors: {first}{more}"
+        return (
+            f"{self.other} differs from {self.reference}: largest difference {_number(self.largest)}, "
+            f"{_number(self.relative)} of the largest output (at most {_number(self.tolerance)} allowed), mean KL "
+            f"{_number(self.mean_kl)} nats, top-1 agreement {_share(self.top1)}, worst on probe {self._worst_probe()!r}"
+        )
+
+    def _worst_probe(self) -> str:
+        return max(self.probes, key=lambda d: math.inf if math.isnan(d.largest) else d.largest).probe
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Every pair of models that was compared.
+
+    Attributes:
+        dtype: of the weights that were compared, the coarsest.
+        notes: what a reader must know to trust the numbers.
+    """
+
+    pairs: tuple[Pair, ...]
+    dtype: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return all(pair.passed for pair in self.pairs)
+
+    def require(self) -> ParityReport:
+        """Itself.
+
+        Raises:
+            ParityError: a pair is past its tolerance; the message names the numbers.
+        """
+        if not self.passed:
+            raise ParityError("; ".join(pair.describe() for pair in self.pairs if not pair.passed))
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `parity.json` holds this."""
+        pairs = [pair.to_dict() for pair in self.pairs]
+        return {"passed": self.passed, "dtype": self.dtype, "notes": list(self.notes), "pairs": pairs}
+
+    def markdown(self) -> str:
+        """A table, one pair a line, and the notes."""
+        head = "| compared | largest difference | relative | allowed | mean KL | max KL | top-1 agreement |"
+        lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        for p in self.pairs:
+            cells = [_number(v) for v in (p.largest, p.relative, p.tolerance, p.mean_kl, p.max_kl)]
+            lines.append(f"| {p.reference} / {p.other} | {' | '.join(cells)} | {_share(p.top1)} |")
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+
+
+def compare(
+    reference_fn: Callable[[Probe], Any],
+    other_fn: Callable[[Probe], Any],
+    probes: Sequence[Probe],
+    tolerance: float,
+    *,
+    names: tuple[str, str] = ("reference", "other"),
+) -> ParityReport:
+    """Two functions of a probe on all probes; `require()` the report to raise on a difference.
+
+    Args:
+        reference_fn, other_fn: from a probe to logits (..., classes), or to a model's output.
+        tolerance: of the largest difference relative to the largest output.
+    """
+    said = [[output_of(fn(probe), probe) for probe in probes] for fn in (reference_fn, other_fn)]
+    dtype = str(said[0][0].values.dtype).removeprefix("torch.")
+    return ParityReport((pair(names, said[0], said[1], probes, tolerance),), dtype)
+
+
+def gate(
+    tuned: Tuned,
+    probes: Sequence[Probe] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tolerance: float | None = None,
+    *,
+    folder: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> ParityReport:
+    """Prove a merge: the tuned model, merged, and merged-saved-reloaded agree on the probes, pair by pair.
+
+    The tuned model is unmerged again on return.
+
+    Args:
+        probes: what to run; the built-in ones for the model and tokenizer if not given.
+        tolerance: of the relative difference; by default that of the coarsest dtype among the weights (TOLERANCE).
+        folder: where the merged model is saved and stays; a temporary folder if not given.
+        dtype: to save in; the model's own if not given.
+
+    Raises:
+        ParityError: a pair is past tolerance, or a saved tensor came back with other bits; its `report` has them all.
+        CannotMerge: the adapter in use has no merged form.
+    """
+    probes = list(probes) if probes is not None else builtin(tuned.model, tokenizer)
+    with _evaluating(tuned), _folder(folder) as target:
+        outputs = {"base": run_bare(tuned, probes), "adapter": run(tuned, probes)}
+        model = tuned.merge()
+        try:
+            outputs["merged"] = run(model, probes)
+            save(model, target, dtype)
+            again = reload(model, target, dtype)
+            outputs["reloaded"] = run(again, probes)
+            unequal = unequal_tensors(model, again)
+        finally:
+            tuned.unmerge()
+        dtypes = weight_dtypes(tuned.model) | ({dtype} if dtype else set())
+    return judge(outputs, probes, dtypes, tolerance, {("merged", "reloaded"): unequal})
+
+
+def judge(
+    outputs: Mapping[str, list[Output] | None],
+    probes: Sequence[Probe],
+    dtypes: set[torch.dtype],
+    tolerance: float | None = None,
+    unequal: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
+) -> ParityReport:
+    """The report over all pairs of models; those with the base are shown, not judged.
+
+    Raises:
+        ParityError: with the report as its attribute `report`.
+    """
+    coarsest = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0))
+    limit = TOLERANCE.get(coarsest, TOLERANCE[torch.float32]) if tolerance is None else tolerance
+    said = {name: values for name, values in outputs.items() if values is not None}
+    pairs = [
+        pair(names, said[names[0]], said[names[1]], probes, limit, (unequal or {}).get(names, ()))
+        for names in itertools.combinations([n for n in said if n != "base"], 2)
+    ]
+    notes: list[str] = []
+    if "base" in said:
+        effect = pair(("base", "adapter"), said["base"], said["adapter"], probes, None)
+        notes += _blind(effect, limit)
+        pairs.insert(0, effect)
+    report = ParityReport(tuple(pairs), str(coarsest).removeprefix("torch."), tuple(notes))
+    try:
+        return report.require()
+    except ParityError as error:
+        error.report = report  # type: ignore[attr-defined]
+        raise
+
+
+def _blind(effect: Pair, limit: float) -> list[str]:
+    if effect.relative > limit:
+        return []
+    return [
+        f"The adapter itself changes the outputs by {_number(effect.relative)} of the largest, less than the "
+        f"tolerance of {_number(limit)}: a wrong merge of it could not be told from a right one."
+    ]
+
+
+# -- running -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def run(model: nn.Module, probes: Sequence[Probe]) -> list[Output]:
+    """What a model says to each probe, in float32 arithmetic, on the CPU."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with in_float32(model):
+        return [output_of(model(**probe.on(device)), probe) for probe in probes]
+
+
+def run_bare(tuned: Tuned, probes: Sequence[Probe]) -> list[Output] | None:
+    """What the base says; None where the method has changed it for good."""
+    try:
+        with tuned.disabled():
+            return run(tuned, probes)
+    except CannotDisable:
+        return None
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Half-precision tensors are widened in place and narrowed again after; both are exact."""
+    half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
+    before = [t.dtype for t in half]
+    try:
+        for t in half:
+            t.data = t.data.float()
+        yield
+    finally:
+        for t, dtype in zip(half, before, strict=True):
+            t.data = t.data.to(dtype)
+
+
+def output_of(out: Any, probe: Probe) -> Output:
+    """The outputs of a model to compare, without those at padding.
+
+    Raises:
+        ModelError: there is no floating-point tensor among them.
+    """
+    logits = out if isinstance(out, Tensor) else out.get("logits") if isinstance(out, Mapping) else None
+    if isinstance(logits, Tensor):
+        mask = probe.inputs.get("attention_mask")
+        if mask is not None and logits.ndim == 3 and logits.shape[:2] == mask.shape:
+            logits = logits[mask.to(logits.device).bool()]  # (positions, classes)
+        flat = logits.reshape(-1, logits.shape[-1] if logits.ndim else 1)
+        return Output(flat.float().cpu(), logits=flat.shape[1] > 1)
+    parts = out.values() if isinstance(out, Mapping) else out if isinstance(out, tuple) else ()
+    floats = [v.flatten().float().cpu() for v in parts if isinstance(v, Tensor) and v.is_floating_point()]
+    if not floats:
+        raise ModelError(f"the model answers probe {probe.name!r} with {type(out).__name__}, which holds no outputs")
+    return Output(torch.cat(floats)[None], logits=False)
+
+
+@contextlib.contextmanager
+def _evaluating(tuned: Tuned) -> Iterator[None]:
+    training = {m: m.training for m in tuned.modules()}
+    tuned.eval()
+    try:
+        yield
+    finally:
+        for module, before in training.items():
+            module.training = before
+
+
+@contextlib.contextmanager
+def _folder(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------
+
+
+def pair(
+    names: tuple[str, str],
+    reference: Sequence[Output],
+    other: Sequence[Output],
+    probes: Sequence[Probe],
+    tolerance: float | None,
+    unequal: tuple[str, ...] = (),
+) -> Pair:
+    """Two models' outputs to the same probes."""
+    found = tuple(_difference(p.name, a, b) for p, a, b in zip(probes, reference, other, strict=True))
+    return Pair(*names, tolerance, found, unequal)
+
+
+def _difference(probe: str, reference: Output, other: Output) -> Difference:
+    z, w = reference.values, other.values
+    if z.shape != w.shape:
+        raise ParityError(f"on probe {probe!r} one model gives outputs {tuple(z.shape)}, the other {tuple(w.shape)}")
+    gap = torch.where(z == w, 0.0, (z - w).abs())  # equal infinities differ by nothing
+    finite = z[z.isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    kl = _kl(z, w) if reference.logits else None
+    top1 = (z.argmax(-1) == w.argmax(-1)).float().mean().item() if reference.logits else None
+    return Difference(
+        probe=probe,
+        largest=gap.max().item(),
+        scale=scale,
+        mean_kl=None if kl is None else kl.mean().item(),
+        max_kl=None if kl is None else kl.max().item(),
+        top1=top1,
+        positions=len(z),
+    )
+
+
+def _kl(z: Tensor, w: Tensor) -> Tensor:
+    """KL(softmax z, softmax w) per position: (positions, classes) -> (positions,), summed in float64."""
+    log_p, log_q = z.double().log_softmax(-1), w.double().log_softmax(-1)
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0)
+
+
+def _worst(values: Any) -> float:
+    """The largest, NaN if any is."""
+    listed = list(values)
+    return math.nan if any(math.isnan(v) for v in listed) else max(listed, default=0.0)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}%"
