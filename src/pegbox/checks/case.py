@@ -1,0 +1,87 @@
+"""A case: a method with settings that fit tiny models, and the families it is checked on."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from pegbox import methods
+from pegbox.checks.models import FAMILIES, Family
+from pegbox.checks.when import has_its_needs
+from pegbox.core.errors import SettingsError, did_you_mean
+from pegbox.core.method import Method
+from pegbox.core.settings import build
+
+LARGE, SMALL = 4, 4  # whole-number settings above the first become the second
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a list of cases.
+
+    Args:
+        method: a name of the registry, the path of a method file, a class, or a method with its settings.
+        settings: for a method that comes without; what is left out is made to fit tiny models.
+        families: names; the first that the method can work on is where most checks run.
+    """
+
+    method: str | type[Method] | Method
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    families: Sequence[str | Family] = tuple(FAMILIES)
+
+    def built(self) -> Method:
+        """The method with its settings."""
+        if isinstance(self.method, Method):
+            return self.method
+        cls = self.method if inspect.isclass(self.method) else methods.get(str(self.method))
+        return build(cls, small(cls) | dict(self.settings), what=cls.name())
+
+    def all_families(self) -> list[Family]:
+        """The families, the one where most checks run first."""
+        found = [f if isinstance(f, Family) else family(f) for f in self.families]
+        method = self.built()
+        return sorted(found, key=lambda f: has_its_needs(method, f) is not None)
+
+    def title(self) -> str:
+        """The method and the settings that differ from its defaults."""
+        method = self.built()
+        given = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+        changed = [f"{f.name}={given[f.name]!r}" for f in dataclasses.fields(method) if given[f.name] != f.default]
+        return f"{method.name()}({', '.join(changed)})"
+
+
+def family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise SettingsError(f"there is no family of models {name!r}{did_you_mean(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+def small(cls: type[Method]) -> dict[str, int]:
+    """Whole-number settings that are too large for a model of width 32, made small."""
+    fields = {f.name: f.default for f in dataclasses.fields(cls)}
+    return {k: SMALL for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool) and v > LARGE}
+
+
+def smallest(method: Method) -> Method:
+    """Every whole-number setting at its lower bound: rank 1."""
+    bounds = {f.name: f.metadata["at_least"] for f in dataclasses.fields(method) if "at_least" in f.metadata}
+    given = {name: bound for name, bound in bounds.items() if _whole(getattr(method, name))}
+    return dataclasses.replace(method, **given)
+
+
+def suited(method: Method, family: Family) -> Method:
+    """A method as this family can take it: other targets where it has no roles, least settings for odd sizes."""
+    if family.name == "odd":
+        method = smallest(method)
+    if family.targets and nn.Module not in method.kinds and nn.Embedding not in method.kinds:
+        method = dataclasses.replace(method, targets=family.targets)
+    return method
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,78 @@
+"""HF PEFT has the method too: its files load here, ours load there, outputs and gradients agree."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pegbox.checks.check import check, require
+from pegbox.checks.lab import Lab, every, require_close, require_different
+from pegbox.checks.when import named_in_peft
+from pegbox.core.files import CONFIG, TENSORS
+
+
+@check(named_in_peft)
+def peft_loads_ours(lab: Lab) -> None:
+    """HF PEFT loads the saved adapter without a word, and gives the same outputs and gradients."""
+    tuned = lab.shaken()
+    folder = lab.save(tuned)
+    theirs = _loaded(lab.model(), folder, trainable=True)
+    require_close(lab.output(theirs), lab.output(tuned), "the adapter in PEFT")
+    lab.gradients(tuned)
+    lab.loss(theirs).backward()
+    _as_values(tuned.trainable().values())
+    _as_values(theirs.parameters())
+    _quietly(theirs.save_pretrained, str(lab.folder / "theirs"))
+    every(load_file(lab.folder / "theirs" / TENSORS), load_file(lab.save(tuned) / TENSORS), require_close, "gradients")
+
+
+@check(named_in_peft)
+def pefts_files_load(lab: Lab) -> None:
+    """An adapter that HF PEFT has made and saved loads here, and gives the same outputs."""
+    from peft import PeftConfig, get_peft_model
+
+    template = lab.save(lab.tuned(), folder="template")
+    config = _quietly(PeftConfig.from_pretrained, str(template))
+    config.inference_mode = False
+    theirs = _quietly(get_peft_model, lab.model(), config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    _quietly(theirs.save_pretrained, str(lab.folder / "theirs"))
+    require("pegbox" not in json.loads((lab.folder / "theirs" / CONFIG).read_text()), "the file is not PEFT's own")
+    want = lab.output(theirs)
+    require_different(want, lab.output(lab.model()), "PEFT's adapter")
+    require_close(lab.output(lab.load(lab.folder / "theirs", lab.model())), want, "PEFT's adapter here")
+
+
+def _loaded(model: nn.Module, folder: Path, *, trainable: bool) -> Any:
+    """An adapter folder in PEFT; what PEFT warns of is an error, a key that it does not find say."""
+    from peft import PeftModel
+
+    return _quietly(PeftModel.from_pretrained, model, str(folder), is_trainable=trainable).eval()
+
+
+def _quietly(call: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call PEFT, with its warnings about adapters as errors and its advice left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for words in (".*missing.*key.*", ".*[Uu]nexpected.*", ".*does not match.*"):
+            warnings.filterwarnings("error", message=words)
+        return call(*args, **kwargs)
+
+
+@torch.no_grad()
+def _as_values(parameters: Iterable[Tensor]) -> None:
+    """Put every gradient in the place of its parameter, so that saving writes gradients by the file's keys."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.copy_(parameter.grad)

@@ -1,0 +1,39 @@
+"""Float32 masters over a bfloat16 base."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pegbox.checks.check import check, require
+from pegbox.checks.lab import Lab, logits, require_close
+from pegbox.checks.models import inputs
+
+LOOSE = 0.1  # bfloat16 has 8 bits; outputs of two blocks against float32
+
+
+def half_inputs(lab: Lab) -> dict[str, Tensor]:
+    """A batch in bfloat16."""
+    return {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs(lab.batch()).items()}
+
+
+@check(on="all")
+def masters_stay_float32(lab: Lab) -> None:
+    """On a bfloat16 base outputs are bfloat16; the adapter's tensors, and their gradients, stay float32."""
+    want = lab.output(lab.shaken())
+    tuned = lab.shaken(lab.model().bfloat16())
+    out = logits(tuned(**half_inputs(lab)))
+    require(out.dtype == torch.bfloat16, f"outputs are {out.dtype}")
+    require_close(out.detach().float(), want, "the bfloat16 model", LOOSE)
+    _require_float32(tuned, "on a bfloat16 base")
+    out.float().square().mean().backward()
+    kinds = {str(p.grad.dtype) for p in tuned.adapter().own().values() if p.grad is not None}
+    require(kinds <= {"torch.float32"}, f"gradients of masters are {kinds}")
+    require(all(p.grad is not None for p in tuned.trainable().values()), "a trained tensor gets no gradient")
+    _require_float32(tuned.to(torch.bfloat16), "after to(bfloat16)")
+
+
+def _require_float32(tuned: nn.Module, what: str) -> None:
+    adapters: nn.Module = tuned.adapters  # type: ignore[assignment]
+    kinds = {str(v.dtype) for v in adapters.state_dict().values() if v.is_floating_point()}
+    require(kinds <= {"torch.float32"}, f"{what}, the adapter's tensors are {kinds}")
