@@ -136,6 +136,11 @@ class Tuned(nn.Module):
         return self._adapters()[name]
 
     @property
+    def sites(self) -> dict[str, Site]:
+        """The modules that have grafts, by path."""
+        return dict(self._sites)
+
+    @property
     def method(self) -> Method:
         """The method of the adapter in use."""
         return self.adapter().method
