@@ -85,6 +85,8 @@ class SiteAt:
     def __call__(self, path: str) -> Site:
         if path not in self.known:
             site = Site(path, self.modules[path], self.context)
+            if any(isinstance(self.modules[p], nn.TransformerEncoderLayer) for p in _ancestors(path)):
+                site.forbid_fast_path()
             self.known[path] = site
             self.made.append(site)
         return self.known[path]
@@ -109,6 +111,11 @@ class seeded:  # noqa: N801  (a context manager that reads as a verb)
 
     def __exit__(self, *exc: object) -> None:
         self._fork.__exit__(*exc)  # type: ignore[arg-type]
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def check_fit(have: State, want: State, what: str) -> None:

@@ -39,14 +39,12 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LogitRule:
-    """What becomes of a head's output before the softmax, and how the target is smoothed."""
+    """What becomes of a head's output before the softmax: `softcap * tanh(scale * z / softcap)`, or `scale * z`."""
 
     scale: float = 1.0
     softcap: float | None = None
-    smoothing: float = 0.0
 
-    def logits(self, z: Tensor) -> Tensor:
-        """The rule in plain operations: (..., V) -> (..., V)."""
+    def __call__(self, z: Tensor) -> Tensor:
         if self.scale != 1.0:
             z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
@@ -91,8 +89,8 @@ def chunked_cross_entropy(
         SettingsError: an unknown reduction.
     """
     _check_reduction(reduction)
-    rule = LogitRule(logit_scale, softcap, label_smoothing)
-    total, _ = _run(hidden, weight, labels, bias, token_weights, rule, ignore_index, chunk)
+    rule = LogitRule(logit_scale, softcap)
+    total, _ = _run(hidden, weight, labels, bias, token_weights, rule, label_smoothing, ignore_index, chunk)
     return total if reduction == "sum" else total / _count(labels, token_weights, ignore_index).to(total.dtype)
 
 
@@ -116,10 +114,12 @@ def chunked_token_losses(
     Returns:
         (N,), float32 (float64 for float64).
     """
-    rule = LogitRule(logit_scale, softcap, label_smoothing)
+    rule = LogitRule(logit_scale, softcap)
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _head_token_losses(lambda x: F.linear(x, weight, bias), hidden, labels, rule, ignore_index, chunk)
-    return _run(hidden, weight, labels, bias, None, rule, ignore_index, chunk)[1]
+        return _head_token_losses(
+            lambda x: F.linear(x, weight, bias), hidden, labels, rule, label_smoothing, ignore_index, chunk
+        )
+    return _run(hidden, weight, labels, bias, None, rule, label_smoothing, ignore_index, chunk)[1]
 
 
 def token_log_probs(
@@ -171,8 +171,8 @@ def chunked_head_loss(
     The other arguments, the result and the errors are those of `chunked_cross_entropy`.
     """
     _check_reduction(reduction)
-    rule = LogitRule(logit_scale, softcap, label_smoothing)
-    losses = _head_token_losses(head, hidden, labels, rule, ignore_index, chunk)
+    rule = LogitRule(logit_scale, softcap)
+    losses = _head_token_losses(head, hidden, labels, rule, label_smoothing, ignore_index, chunk)
     total = losses.sum() if token_weights is None else (losses * token_weights).sum()
     return total if reduction == "sum" else total / _count(labels, token_weights, ignore_index).to(total.dtype)
 
@@ -189,8 +189,8 @@ def chunked_head_token_losses(
     chunk: int | None = None,
 ) -> Tensor:
     """`chunked_token_losses` for any head: (N,), 0 where a token has no label."""
-    rule = LogitRule(logit_scale, softcap, label_smoothing)
-    return _head_token_losses(head, hidden, labels, rule, ignore_index, chunk)
+    rule = LogitRule(logit_scale, softcap)
+    return _head_token_losses(head, hidden, labels, rule, label_smoothing, ignore_index, chunk)
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
@@ -200,12 +200,10 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, la
 
 
 def _head_token_losses(
-    head: Head, hidden: Tensor, labels: Tensor, rule: LogitRule, ignore_index: int, chunk: int | None
+    head: Head, hidden: Tensor, labels: Tensor, rule: LogitRule, smoothing: float, ignore_index: int, chunk: int | None
 ) -> Tensor:
     def losses_of(x: Tensor, y: Tensor) -> Tensor:
-        return token_losses(
-            rule.logits(head(x)), y, ignore_index=ignore_index, label_smoothing=rule.smoothing
-        )  # (c, D), (c,) -> (c,)
+        return token_losses(rule(head(x)), y, ignore_index=ignore_index, label_smoothing=smoothing)
 
     dynamic = not torch.compiler.is_compiling()  # a compiled graph cannot depend on how many tokens have labels
     rows = (labels != ignore_index).nonzero().squeeze(1) if dynamic else None  # (M,)
@@ -245,6 +243,7 @@ def _run(
     bias: Tensor | None,
     token_weights: Tensor | None,
     rule: LogitRule,
+    smoothing: float,
     ignore_index: int,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor]:
@@ -259,15 +258,9 @@ def _run(
     if chunk is None:
         budget = TRAINED_CHUNK_BYTES if wants[1] else CHUNK_BYTES
         chunk = max(16, budget // (weight.shape[0] * hidden.element_size()))
-    total, losses, *_ = _pass(
-        hidden, weight, bias, labels, token_weights, ignore_index, *_as_numbers(rule), chunk, *wants
-    )
+    settings = (ignore_index, smoothing, rule.scale, rule.softcap, chunk)
+    total, losses, *_ = _pass(hidden, weight, bias, labels, token_weights, *settings, *wants)
     return total, losses
-
-
-def _as_numbers(rule: LogitRule) -> tuple[float, float, float]:
-    """Operators take no optional structure: a softcap of 0 stands for none."""
-    return rule.smoothing, rule.scale, rule.softcap or 0.0
 
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # total, losses, gradients of hidden, weight and bias
@@ -278,7 +271,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # total, losses, gradie
     mutates_args=(),
     schema=(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? token_weights, int ignore_index, "
-        "float smoothing, float scale, float softcap, int chunk, bool wants_hidden, bool wants_weight, "
+        "float smoothing, float scale, float? softcap, int chunk, bool wants_hidden, bool wants_weight, "
         "bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
@@ -291,13 +284,13 @@ def _pass(
     ignore_index: int,
     smoothing: float,
     scale: float,
-    softcap: float,
+    softcap: float | None,
     chunk: int,
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
 ) -> Outputs:
-    rule = LogitRule(scale, softcap or None, smoothing)
+    rule = LogitRule(scale, softcap)
     grads = _Gradients.of(hidden, weight, wants_hidden, wants_weight, wants_bias)
     rows = (labels != ignore_index).nonzero().squeeze(1)  # (M,)
     losses = hidden.new_zeros(len(labels), dtype=_statistics(hidden.dtype))
@@ -309,7 +302,7 @@ def _pass(
             torch.mm(x, weight.t(), out=z)
         else:
             torch.addmm(bias, x, weight.t(), out=z)
-        losses.index_copy_(0, at, _losses_and_errors(z, y, rule, grads.wanted))
+        losses.index_copy_(0, at, _losses_and_errors(z, y, rule, smoothing, grads.wanted))
         grads.add(at, x, z, weight, scale, None if token_weights is None else token_weights.index_select(0, at))
     total = losses.sum() if token_weights is None else (losses * token_weights).sum()
     return total, losses, grads.hidden, grads.weight.to(weight.dtype), grads.bias.to(weight.dtype)
@@ -325,7 +318,7 @@ def _shapes(
     ignore_index: int,
     smoothing: float,
     scale: float,
-    softcap: float,
+    softcap: float | None,
     chunk: int,
     wants_hidden: bool,
     wants_weight: bool,
@@ -383,7 +376,7 @@ def _add_product(total: Tensor, e: Tensor, x: Tensor) -> None:
         part.add_(columns.t() @ x)
 
 
-def _losses_and_errors(z: Tensor, y: Tensor, rule: LogitRule, wants_errors: bool) -> Tensor:
+def _losses_and_errors(z: Tensor, y: Tensor, rule: LogitRule, smoothing: float, wants_errors: bool) -> Tensor:
     """Losses (c,) of raw logits z (c, V), which become d loss / d (scale * logits) if that is wanted."""
     dtype = _statistics(z.dtype)
     row_bytes = z.shape[1] * dtype.itemsize
@@ -392,13 +385,13 @@ def _losses_and_errors(z: Tensor, y: Tensor, rule: LogitRule, wants_errors: bool
     losses = z.new_empty(len(z), dtype=dtype)
     for part, target, out in zip(z.split(step), y.split(step), losses.split(step), strict=True):
         block = part if scratch is None else scratch[: len(part)].copy_(part)
-        out.copy_(_block_losses(block, target, rule))
+        out.copy_(_block_losses(block, target, rule, smoothing))
         if wants_errors and scratch is not None:
             part.copy_(block)
     return losses
 
 
-def _block_losses(z: Tensor, y: Tensor, rule: LogitRule) -> Tensor:
+def _block_losses(z: Tensor, y: Tensor, rule: LogitRule, smoothing: float) -> Tensor:
     """Losses (c,) of one block of raw logits (c, V), which becomes the errors in place."""
     slope = None
     if rule.scale != 1.0:
@@ -408,15 +401,15 @@ def _block_losses(z: Tensor, y: Tensor, rule: LogitRule) -> Tensor:
         slope = 1.0 - z * z
         z.mul_(rule.softcap)
     at = y[:, None]
-    kept = 1.0 - rule.smoothing
+    kept = 1.0 - smoothing
     target = kept * z.gather(1, at).squeeze(1)
-    if rule.smoothing:
-        target += rule.smoothing * z.mean(1)
+    if smoothing:
+        target += smoothing * z.mean(1)
     top = z.amax(1)
     torch.softmax(z, 1, out=z)
     losses = top - z.amax(1).log() - target  # the largest probability is at least 1/V, so its logarithm is exact enough
-    if rule.smoothing:
-        z.sub_(rule.smoothing / z.shape[1])
+    if smoothing:
+        z.sub_(smoothing / z.shape[1])
     z.scatter_add_(1, at, z.new_full((), -kept).expand(at.shape))
     if slope is not None:
         z.mul_(slope)

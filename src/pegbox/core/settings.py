@@ -10,7 +10,6 @@ A constructor only stores; `build` coerces and checks, and `schema` renders the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -95,8 +94,7 @@ def schema(cls: type) -> dict[str, Any]:
     return out | ({"required": required} if required else {})
 
 
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from pegbox.core.context import Context
 from pegbox.core.low_rank import Down, low_rank_linear, low_rank_product
@@ -49,6 +50,14 @@ class Site:
         self._running_bare = False
         self.__signature__ = inspect.signature(module.forward)  # what generate and trainers inspect
         module.forward = self
+        self._guard: RemovableHandle | None = None
+
+    def forbid_fast_path(self) -> None:
+        """Keep torch's TransformerEncoderLayer, which reads its children's weights in eval, calling this module.
+
+        It does so only while no module in it has a hook; this one does nothing else.
+        """
+        self._guard = self.module.register_forward_pre_hook(_nothing)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the module's forward."""
@@ -62,6 +71,8 @@ class Site:
 
     def release(self) -> None:
         """Give the module its own forward back."""
+        if self._guard is not None:
+            self._guard.remove()
         if self._patched_before is None:
             del self.module.forward
         else:
@@ -126,6 +137,10 @@ class Site:
         if "bias" in values:
             bias = values["bias"].to(dtype)
         return weight, bias  # type: ignore[return-value]
+
+
+def _nothing(module: nn.Module, args: Any) -> None:
+    pass
 
 
 class Base:

@@ -1,0 +1,72 @@
+"""What the registry knows, for people and programs: `pegbox methods`, the docs table, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pegbox import methods
+from pegbox.core.settings import schema
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pegbox.core.method import Method
+
+
+def describe(name: str) -> dict[str, Any]:
+    """One method as plain values: name, title, citation, equation, card, seams, traits, settings schema, docs page."""
+    cls = methods.get(name)
+    title, _, body = module_text(cls).partition("\n\n")
+    traits = dataclasses.asdict(cls.traits)
+    peft = traits.pop("peft")
+    return {
+        "name": cls.name(),
+        "title": " ".join(title.split()),
+        "text": body.strip("\n"),
+        "card": traits.pop("card"),
+        "seams": list(traits.pop("seams")),
+        "traits": {**traits, "needs": list(traits["needs"]), "peft": peft and peft["kind"]},
+        "aliases": sorted(a for a, (target, _) in methods.ALIASES.items() if target == cls.name()),
+        "settings": schema(cls),
+        "docs": f"methods/{cls.name()}.md",
+    }
+
+
+def module_text(cls: type[Method]) -> str:
+    """The method file's own docstring: title and source, equation, departures."""
+    return sys.modules[cls.__module__].__doc__ or ""
+
+
+def summary_table() -> Table:
+    """All methods, a line each."""
+    from rich.table import Table
+
+    table = Table("method", "paper", "seams", "start", "merges", "HF PEFT", title=f"{len(methods.names())} methods")
+    for name in methods.names():
+        entry = describe(name)
+        traits = entry["traits"]
+        table.add_row(
+            name,
+            entry["title"].split(",  arXiv")[0],
+            ", ".join(entry["seams"]),
+            "identity" if traits["identity"] else "changed",
+            traits["merge"],
+            traits["peft"] or "-",
+        )
+    return table
+
+
+def text(name: str) -> str:
+    """One method for a terminal: its docstring, settings and traits."""
+    entry = describe(name)
+    lines = [entry["title"], "", entry["text"], "", "settings:"]
+    for key, spec in entry["settings"]["properties"].items():
+        lines.append(f"  {key} = {spec.get('default')!r}  {spec.get('description', '')}")
+    lines += ["", "traits:"]
+    lines += [f"  {key}: {value}" for key, value in entry["traits"].items()]
+    lines += [f"  seams: {', '.join(entry['seams'])}", f"  docs: {entry['docs']}"]
+    if entry["aliases"]:
+        lines.append(f"  also called: {', '.join(entry['aliases'])}")
+    return "\n".join(lines)
