@@ -101,9 +101,7 @@ def read(
     if not streaming:
         return _read_all(list(records()), format, kind, rejects)
     if isinstance(source, Iterator):
-        raise DataError(
-            "streaming reads its source once per pass, and an iterator can be read once; pass a list or path"
-        )
+        raise DataError("streaming reads its source once per pass, an iterator only once; pass a list or a path")
     head = list(itertools.islice(records(), SAMPLE))
     found = _recognised(head, format, kind)
     counts = Counts()

@@ -11,6 +11,7 @@ from typing import Any
 from pegbox.core.errors import DataError, did_you_mean
 from pegbox.data.conversations import text
 from pegbox.data.layouts import LAYOUTS, Convert, Example, Layout, Row
+from pegbox.data.rejects import RowError
 
 SAMPLE = 1000  # rows looked at
 
@@ -40,6 +41,9 @@ class Format:
         Raises:
             RowError: a value is missing, of another type, or contradicts another.
         """
+        for name in self.layout.needs:
+            if row.get(self.columns[name]) is None:
+                raise RowError(f"{self.columns[name]} is missing")
         return self.reader({name: row.get(column) for name, column in self.columns.items()})
 
     def id_of(self, row: Row) -> str | None:
@@ -115,7 +119,7 @@ def _unrecognised(
     if not any(_nearness(nearest, often)):
         usual = {layout.kind: " + ".join(layout.misses([])) for layout in candidates}
         known = "; ".join(f"{columns} ({kind})" for kind, columns in usual.items())
-        return f"{found}, among them {known}. Rename with columns={{'THEIRS': 'OURS'}}"
+        return f"{found}; there are {known}. Rename with columns={{'THEIRS': 'OURS'}}"
     if not missing:
         types = {column: type(_first(sample, column)).__name__ for column in nearest.bind(often).values()}
         seen = ", ".join(f"{column} {kind}" for column, kind in types.items())
@@ -132,7 +136,7 @@ def _listed(columns: Sequence[str], most: int = 12) -> str:
 
 
 def _nearness(layout: Layout, columns: Sequence[str]) -> tuple[float, int]:
-    """Share of the needed columns that are there (half for one nearly spelled right), and how many by the usual name."""
+    """Share of the needed columns that are there (a near spelling is half), and how many by the usual name."""
     missing = layout.misses(columns)
     near = sum(_nearly(name, columns) is not None for name in missing)
     usual = sum(known[0] in columns for known in layout.needs.values())

@@ -137,7 +137,7 @@ def _preference(row: Row) -> Example:
 
 
 def _pair(prompt: list[Message], chosen: list[Message], rejected: list[Message], row: Row) -> Example:
-    if not chosen or not rejected:
+    if not chosen or not rejected or chosen == rejected:
         raise RowError("chosen and rejected do not differ")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | _tools(row)
 
