@@ -1,0 +1,136 @@
+"""Write the generated parts of the documentation; `--check` only says what is out of date."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pegbox import methods
+from pegbox.catalogue import describe
+
+DOCS = Path(__file__).parent
+EFFECTS = DOCS / "results" / "effects.json"
+BEGIN, END = "<!-- generated from the code: do not edit below -->", "<!-- end of the generated part -->"
+
+
+def main() -> int:
+    stale = []
+    for path, text in pages():
+        if path.exists() and path.read_text() == text:
+            continue
+        stale.append(str(path.relative_to(DOCS)))
+        if "--check" not in sys.argv:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    if stale:
+        print("out of date:" if "--check" in sys.argv else "written:", ", ".join(stale))
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """(file, the text it should have)"""
+    for name in methods.names():
+        path = DOCS / "methods" / f"{name}.md"
+        yield path, method_page(name, path.read_text() if path.exists() else "")
+    yield DOCS / "methods" / "index.md", methods_table()
+    yield DOCS / "reference" / "settings.md", settings_page()
+
+
+def method_page(name: str, old: str) -> str:
+    """The hand-written head of a method's page, kept, and what the code says about it."""
+    entry = describe(name)
+    head = old.partition(BEGIN)[0].rstrip() or f"# {name}\n\nWhat:\n\nWhen:"
+    parts = [
+        head,
+        BEGIN,
+        "## Equation",
+        entry["title"],
+        "```text\n" + entry["text"] + "\n```",
+        "## Settings",
+        settings_table(entry["settings"]),
+        "## Traits",
+        traits_table(entry),
+        "## Measured effect",
+        effect(name),
+        "## Use",
+        f"```console\npegbox train model=... data=... method={name} output=out/\n```",
+        END,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def settings_table(schema: Mapping[str, Any]) -> str:
+    rows = [(k, v.get("default"), bounds(v), v.get("description", "")) for k, v in schema["properties"].items()]
+    lines = ["| setting | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| `{k}` | `{json.dumps(d)}` | {b} | {h} |" for k, d, b, h in rows)])
+
+
+def bounds(spec: Mapping[str, Any]) -> str:
+    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    said = [f"{words[k]} {spec[k]}" for k in words if k in spec]
+    return ", ".join(said) or " or ".join(f"`{v}`" for v in spec.get("enum", []))
+
+
+def traits_table(entry: Mapping[str, Any]) -> str:
+    traits = entry["traits"]
+    rows = {
+        "seams": ", ".join(entry["seams"]),
+        "starts as the base": "yes" if traits["identity"] else "no",
+        "merges into the weights": traits["merge"],
+        "linear in its parameters": "yes" if traits["linear"] else "no",
+        "exact as a LoRA": "yes" if traits["to_lora"] else "no",
+        "leaves the base's tensors alone": "yes" if traits["keeps_base"] else "no",
+        "may differ per row of a batch": "yes" if traits["per_row"] else "no",
+        "needs": ", ".join(traits["needs"]) or "nothing",
+        "HF PEFT": f"`{traits['peft']}`, files go both ways" if traits["peft"] else "has no such file format",
+        "also called": ", ".join(f"`{a}`" for a in entry["aliases"]) or "-",
+    }
+    rows |= {f"expected failure: {check}": why for check, why in traits["xfail"].items()}
+    return "\n".join(["| trait | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+
+def effect(name: str) -> str:
+    """What the recorded comparison measured for a method."""
+    if not EFFECTS.exists():
+        return "Not measured yet."
+    record = json.loads(EFFECTS.read_text())
+    row = record["methods"].get(name)
+    if row is None:
+        return "Not measured yet."
+    return f"{record['setting']}\n\n{row}\n\nMade by `{record['command']}`; all methods: [comparison](../comparison.md)."
+
+
+def methods_table() -> str:
+    lines = ["# Methods", "", "| method | paper | seams | start | merges | HF PEFT |", "| --- | --- | --- | --- | --- | --- |"]
+    for name in methods.names():
+        entry = describe(name)
+        traits = entry["traits"]
+        start = "identity" if traits["identity"] else "changed"
+        seams = ", ".join(entry["seams"])
+        cells = (f"[{name}]({name}.md)", entry["title"], seams, start, traits["merge"], traits["peft"] or "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "As JSON, with settings and traits: `pegbox methods --json`."]) + "\n"
+
+
+def settings_page() -> str:
+    """Every setting of a run, and what other tools call it."""
+    from pegbox.core.settings import schema
+    from pegbox.train.settings import ALIASES, RunSettings
+
+    theirs: dict[str, list[str]] = {f.name: [] for f in dataclasses.fields(RunSettings)}
+    for alias, ours in ALIASES.items():
+        theirs[ours].append(f"`{alias}`")
+    lines = ["# Settings of a run", "", "For `pegbox train`, YAML recipes and `RunSettings`.", ""]
+    lines += ["| setting | default | meaning | also accepted |", "| --- | --- | --- | --- |"]
+    for name, spec in schema(RunSettings)["properties"].items():
+        default = json.dumps(spec.get("default"))
+        lines.append(f"| `{name}` | `{default}` | {spec.get('description', '')} | {', '.join(theirs[name])} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
