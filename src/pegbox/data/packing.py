@@ -115,11 +115,12 @@ def _best_fit(items: Sequence[tuple[int, int]], length: int) -> list[list[int]]:
 
 def _join(rows: Sequence[Encoded]) -> Packed:
     ids, labels, positions = array("i"), array("i"), array("i")
+    count = array("i", range(max(map(len, rows))))
     for row in rows:
         ids.extend(row.input_ids)
         labels.append(IGNORE)
         labels.extend(row.labels[1:])
-        positions.extend(range(len(row)))
+        positions.extend(count[: len(row)])
     return Packed(ids, labels, positions, tuple(row.id for row in rows))
 
 
