@@ -57,7 +57,7 @@ def test_entries_are_read_under_their_own_names(registry: Path) -> None:
     assert [turn["content"] for turn in renamed["messages"]] == ["Kurz.", "Ja?", "Nein.", "Wer?", "Ich."]
     talk = read(f"{registry}:talk")
     assert talk.kind == "unpaired"
-    assert [turn["role"] for turn in talk.rows[0]["prompt"]] == ["system", "user"]  # type: ignore[index]
+    assert [turn["role"] for turn in talk[0]["prompt"]] == ["system", "user"]
     ranked = read(f"{registry}:ranked")
     assert (ranked.kind, len(ranked)) == ("preference", 1)
 

@@ -127,6 +127,8 @@ def test_streaming_reads_anew_and_holds_little(tmp_path: Path) -> None:
     assert peak < 1e6  # the file holds 3 MB
     with pytest.raises(TypeError, match="no length"):
         len(examples)
+    with pytest.raises(TypeError, match="no order"):
+        examples[0]
     with pytest.raises(DataError, match="an iterator only once"):
         read(iter([{"text": "a"}]), streaming=True)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -318,3 +320,49 @@ def test_a_row_that_does_not_fit_says_why(good: Row, bad: Row, why: str) -> None
     found = recognise([good, good, good, bad])
     with pytest.raises(RowError, match=why):
         found.convert(bad)
+
+
+JUNK: list[Any] = [
+    None,
+    "",
+    -1,
+    1.5,
+    float("nan"),
+    True,
+    [],
+    {},
+    [None],
+    [[]],
+    ["a"],
+    [{"role": "user"}],
+    "[{",
+    "\ud800",
+]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def planted(value: Any, path: tuple[Any, ...], junk: Any) -> Any:
+    if not path:
+        return copy.deepcopy(junk)
+    changed = copy.copy(value)
+    changed[path[0]] = planted(value[path[0]], path[1:], junk)
+    return changed
+
+
+@pytest.mark.parametrize(("layout", "row", "example"), CASES.values(), ids=CASES)
+def test_junk_anywhere_in_a_row_is_read_or_refused(layout: str, row: Row, example: Row) -> None:
+    found = recognise([row])
+    for path in places(row):
+        for junk in JUNK:
+            try:
+                read = found.convert(planted(row, path, junk))
+            except RowError as refused:
+                assert refused.reason  # noqa: PT017
+            else:
+                assert set(read) <= {*example, "tools", "label"}

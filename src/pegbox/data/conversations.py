@@ -165,9 +165,9 @@ def _call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or "name" not in function:
         raise RowError("a function call has no name", f"found {call!r:.80}")
-    arguments = function.get("arguments", function.get("parameters", {}))
+    name, arguments = text(function["name"], "function name"), function.get("arguments", function.get("parameters", {}))
     kept = {"id": call["id"]} if call.get("id") and call is not function else {}
-    return {**kept, "type": "function", "function": {"name": function["name"], "arguments": _arguments(arguments)}}
+    return {**kept, "type": "function", "function": {"name": name, "arguments": _arguments(arguments)}}
 
 
 def _arguments(value: Any) -> Any:

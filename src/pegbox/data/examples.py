@@ -56,6 +56,11 @@ class Examples:
             raise TypeError("examples that stream have no length")
         return len(self.rows)
 
+    def __getitem__(self, index: int) -> Example:
+        if not isinstance(self.rows, Sequence):
+            raise TypeError("examples that stream have no order to index")
+        return self.rows[index]
+
     @property
     def kind(self) -> str:
         """chat, text, classification, regression, tagging, preference, unpaired or tokenised."""

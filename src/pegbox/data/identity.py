@@ -64,10 +64,11 @@ def fingerprint(text: str) -> str:
 
 
 def _said(turns: Iterable[Mapping[str, Any]]) -> list[str]:
-    return [
-        f"{turn['role']}: {turn['content']}{json.dumps(turn['tool_calls']) if turn.get('tool_calls') else ''}"
-        for turn in turns
-    ]
+    return [f"{turn['role']}: {turn['content']}{_called(turn)}" for turn in turns]
+
+
+def _called(turn: Mapping[str, Any]) -> str:
+    return json.dumps(turn["tool_calls"], default=str) if turn.get("tool_calls") else ""
 
 
 def _digest(text: str) -> str:

@@ -88,7 +88,7 @@ def _system(row: Row, turns: Sequence[Message]) -> list[Message]:
 
 def _history(value: Any) -> list[Message]:
     pairs = parsed(value, "history") if value else []
-    if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+    if not _is_list(pairs) or not all(_is_list(pair) and len(pair) == 2 for pair in pairs):
         raise RowError("history is not a list of [question, answer]", f"found {value!r:.80}")
     return [
         {"role": role, "content": text(said, "history")}
@@ -207,8 +207,8 @@ def _tagged(row: Row) -> Example:
         raise RowError("tokens or tags is not a list")
     if len(tokens) != len(tags):
         raise RowError("tokens and tags differ in number", f"{len(tokens)} tokens, {len(tags)} tags")
-    if not tokens or any(tag is None for tag in tags):
-        raise RowError("no tokens" if not tokens else "a token has no tag")
+    if not tokens or not all(isinstance(tag, (str, int)) for tag in tags):
+        raise RowError("no tokens" if not tokens else "a token has no tag, or one that is no name or number")
     return {"tokens": [text(token, "token") for token in tokens], "tags": tags}
 
 

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,40 +247,51 @@ def _seekable(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _parquet(path: Path, name: str) -> Iterator[Record]:
-    import pyarrow
     import pyarrow.parquet
 
-    with _seekable(path) as file:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-        except pyarrow.ArrowInvalid as problem:
-            raise DataError(f"{path}: not a Parquet file: {problem}") from problem
+    with _seekable(path) as file, _damage_told(path, "Parquet"):
+        table = pyarrow.parquet.ParquetFile(file)
         yield from _batches(table.iter_batches(batch_size=BATCH), table.schema_arrow, name)
 
 
 def _arrow(path: Path, name: str) -> Iterator[Record]:
     import pyarrow
 
-    with _seekable(path) as file:
+    with _seekable(path) as file, _damage_told(path, "Arrow"):
         magic = file.read(6)
         file.seek(0)
-        try:
-            reader = pyarrow.ipc.open_file(file) if magic == b"ARROW1" else pyarrow.ipc.open_stream(file)
-        except pyarrow.ArrowInvalid as problem:
-            raise DataError(f"{path}: not an Arrow file: {problem}") from problem
-        batches = (
-            (reader.get_batch(i) for i in range(reader.num_record_batches)) if magic == b"ARROW1" else iter(reader)
-        )
-        yield from _batches(batches, reader.schema, name)
+        if magic == b"ARROW1":
+            table = pyarrow.ipc.open_file(file)
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        else:
+            table = pyarrow.ipc.open_stream(file)
+            batches = iter(table)
+        yield from _batches(batches, table.schema, name)
 
 
-def _batches(batches: Iterator[Any], schema: Any, name: str) -> Iterator[Record]:
-    rows: Iterator[Row] = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+@contextmanager
+def _damage_told(path: Path, kind: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as problem:
+        raise DataError(f"{path}: not {kind}, or damaged: {problem}") from problem
+
+
+def _batches(batches: Iterable[Any], schema: Any, name: str) -> Iterator[Record]:
+    rows: Iterator[Row] = itertools.chain.from_iterable(map(_plain, batches))
     if b"huggingface" in (schema.metadata or {}):
         import datasets
 
         rows = named(rows, datasets.Features.from_arrow_schema(schema))
     return (record(row, name, number) for number, row in enumerate(rows, start=1))
+
+
+def _plain(batch: Any) -> list[Row]:
+    batch.validate(full=True)  # a damaged batch that is not validated can end the process
+    rows: list[Row] = batch.to_pylist()
+    return rows
 
 
 # Text, and CoNLL in its two forms
