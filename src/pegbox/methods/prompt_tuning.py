@@ -46,7 +46,7 @@ class InsertGraft(Graft):
             attention_mask = _prepend(attention_mask, 1, n)
         if (positions := kwargs.get("position_ids")) is not None:
             kwargs["position_ids"] = _shifted(positions, n)
-        past = kwargs.get("past_key_values")
+        past = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers renamed it in 5.24
         if past is not None and past.get_seq_length():  # the prompt is in the cache already
             return base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if positions is not None:
