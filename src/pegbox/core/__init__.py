@@ -1,13 +1,34 @@
-"""Sites, grafts, methods and tuned models: what every method plugs into.  Needs torch alone."""
+"""Sites, grafts, methods and tuned models: what every method plugs into.  Needs torch alone.
 
-from pegbox.core.compose import Stack, Sum
-from pegbox.core.context import Context
-from pegbox.core.graft import CopyGraft, Graft, LowRankGraft, WeightGraft, low_rank_pair
-from pegbox.core.low_rank import Down, rescale
-from pegbox.core.method import Anatomy, Method, PeftLayout, Traits
-from pegbox.core.settings import setting
-from pegbox.core.site import Base, Site
-from pegbox.core.tuned import Tuned
+Names are imported when first used, so that the error tree and the settings can be had without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pegbox.core.compose import Stack, Sum
+    from pegbox.core.context import Context
+    from pegbox.core.graft import CopyGraft, Graft, LowRankGraft, WeightGraft, low_rank_pair
+    from pegbox.core.low_rank import Down, rescale
+    from pegbox.core.method import Anatomy, Method, PeftLayout, Traits
+    from pegbox.core.settings import setting
+    from pegbox.core.site import Base, Site
+    from pegbox.core.tuned import Tuned
+
+_FILES = {
+    "compose": ("Stack", "Sum"),
+    "context": ("Context",),
+    "graft": ("CopyGraft", "Graft", "LowRankGraft", "WeightGraft", "low_rank_pair"),
+    "low_rank": ("Down", "rescale"),
+    "method": ("Anatomy", "Method", "PeftLayout", "Traits"),
+    "settings": ("setting",),
+    "site": ("Base", "Site"),
+    "tuned": ("Tuned",),
+}
+_WHERE = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
     "Anatomy",
@@ -29,3 +50,9 @@ __all__ = [
     "rescale",
     "setting",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'pegbox.core' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pegbox.core.{_WHERE[name]}"), name)
