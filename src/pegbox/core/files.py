@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pegbox.core.adapter import State, path_of
+from pegbox.core.adapter import Adapter, State, path_of
 from pegbox.core.errors import AdapterError
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import Method, PeftLayout
@@ -76,7 +76,7 @@ def save(tuned: Tuned, directory: str | os.PathLike[str], name: str | None = Non
     layout = adapter.method.traits.peft
     state = {_file_key(key, layout): value.contiguous().cpu() for key, value in tuned.state(name).items()}
     _write_tensors(folder / TENSORS, state, header)
-    _write_text(folder / CONFIG, json.dumps(_config(tuned, adapter.method, copies, header), indent=2, sort_keys=True))
+    _write_text(folder / CONFIG, json.dumps(_config(tuned, adapter, copies, header), indent=2, sort_keys=True))
     return folder
 
 
@@ -154,16 +154,16 @@ def _file_key(key: str, layout: PeftLayout | None) -> str:
     return f"{PEFT_ROOT}{path}.{theirs}" if path else theirs
 
 
-def _config(tuned: Tuned, method: Method, copies: list[str], header: Mapping[str, Any]) -> dict[str, Any]:
-    layout = method.traits.peft
+def _config(tuned: Tuned, adapter: Adapter, copies: list[str], header: Mapping[str, Any]) -> dict[str, Any]:
+    method, layout = adapter.method, adapter.method.traits.peft
     if layout is None:
         return {"pegbox": {k: header[k] for k in ("method", "settings", "also_train", "fingerprint")}} | {
             "base_model_name_or_path": header["base"]
         }
-    paths = [path_of(key) for key in tuned.adapter().grafts] if len(tuned.active) == 1 else []
+    paths = [path_of(key) for key in adapter.grafts]
     fields = {theirs: getattr(method, ours) for ours, theirs in layout.fields.items()}
     config = {"peft_type": layout.kind, "base_model_name_or_path": header["base"], "inference_mode": True}
-    if paths != [""]:
+    if "" not in paths:  # a graft of the whole model has no module to target
         config |= {"target_modules": paths, "modules_to_save": copies or None}
     return config | fields | dict(layout.fixed) | method.peft_extra(tuned.model) | {"task_type": _task(tuned)}
 
