@@ -101,11 +101,18 @@ def effect(name: str) -> str:
     row = record["methods"].get(name)
     if row is None:
         return "Not measured yet."
-    return f"{record['setting']}\n\n{row}\n\nMade by `{record['command']}`; all methods: [comparison](../comparison.md)."
+    return (
+        f"{record['setting']}\n\n{row}\n\nMade by `{record['command']}`; all methods: [comparison](../comparison.md)."
+    )
 
 
 def methods_table() -> str:
-    lines = ["# Methods", "", "| method | paper | seams | start | merges | HF PEFT |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "# Methods",
+        "",
+        "| method | paper | seams | start | merges | HF PEFT |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name in methods.names():
         entry = describe(name)
         traits = entry["traits"]

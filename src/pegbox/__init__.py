@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "tune": "pegbox.api",
     "load": "pegbox.api",
+    "method": "pegbox.api",
     "Tuned": "pegbox.core",
     "Method": "pegbox.core",
     "Stack": "pegbox.core",
@@ -24,10 +25,10 @@ _WHERE = {
     "PegboxError": "pegbox.core.errors",
 }
 
-__all__ = ["Callback", "Method", "PegboxError", "Stack", "Sum", "Trainer", "Tuned", "__version__", "load", "tune"]
+__all__ = ["Callback", "Method", "PegboxError", "Stack", "Sum", "Trainer", "Tuned", "__version__", "load", "method", "tune"]
 
 if TYPE_CHECKING:
-    from pegbox.api import load, tune
+    from pegbox.api import load, method, tune
     from pegbox.core import Method, Stack, Sum, Tuned
     from pegbox.core.errors import PegboxError
     from pegbox.train import Callback, Trainer

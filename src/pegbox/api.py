@@ -47,6 +47,15 @@ def tune(
     return Tuned(model, anatomy.of(model), built, name=name, also_train=also_train, seed=seed)
 
 
+def method(name: str, **settings: Any) -> Method:
+    """A method by name, with its settings: `pegbox.method("lora", rank=16)`.
+
+    Raises:
+        SettingsError: an unknown method or setting, a wrong type or range.
+    """
+    return methods.make(name, settings)
+
+
 def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default") -> Tuned:
     """Put a saved adapter, Pegbox's or HF PEFT's, on its base; on a tuned model, beside those it has.
 
