@@ -32,6 +32,7 @@ MIB = 1 << 20
 CHUNK_BYTES = 32 * MIB  # of logits; larger chunks are no faster once the matrix product is bound by arithmetic
 TRAINED_CHUNK_BYTES = 64 * MIB  # when W trains: each chunk also passes once over its (V, D) gradient
 BLOCK_BYTES = 2 * MIB  # of statistics on a CPU; a block stays in the second-level cache between passes
+DEFAULT_CHUNK = 256  # tokens at once through a head of unknown width
 PRODUCT_BYTES = 16 * MIB  # of one slice of a half-precision product on its way into the float32 gradient of W
 
 Head = Callable[[Tensor], Tensor]
@@ -165,8 +166,11 @@ def chunked_head_loss(
     """Cross-entropy of `head(hidden)`; gradients reach whatever the head holds.
 
     Args:
-        head: (n, D) -> (n, V), each row from its own; called twice a chunk when gradients are wanted
-        chunk: tokens whose logits exist at once; 256 if None
+        head: (..., t, D) -> (..., t, V), each token from its own; called twice a chunk when gradients are wanted
+        hidden: (..., T, D).  The leading dimensions reach the head as they are, for one whose rows differ; tokens are
+            left out where no row has a label
+        labels: (..., T), and so `token_weights`
+        chunk: tokens whose logits exist at once, or as many as the leading dimensions make; 256 if None
 
     The other arguments, the result and the errors are those of `chunked_cross_entropy`.
     """
@@ -188,7 +192,7 @@ def chunked_head_token_losses(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """`chunked_token_losses` for any head: (N,), 0 where a token has no label."""
+    """`chunked_token_losses` for any head: (..., T), 0 where a token has no label; see `chunked_head_loss`."""
     rule = LogitRule(logit_scale, softcap)
     return _head_token_losses(head, hidden, labels, rule, label_smoothing, ignore_index, chunk)
 
@@ -202,19 +206,29 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, la
 def _head_token_losses(
     head: Head, hidden: Tensor, labels: Tensor, rule: LogitRule, smoothing: float, ignore_index: int, chunk: int | None
 ) -> Tensor:
-    def losses_of(x: Tensor, y: Tensor) -> Tensor:
-        return token_losses(rule(head(x)), y, ignore_index=ignore_index, label_smoothing=smoothing)
+    """hidden (..., T, D) and labels (..., T) to losses (..., T)."""
 
-    dynamic = not torch.compiler.is_compiling()  # a compiled graph cannot depend on how many tokens have labels
-    rows = (labels != ignore_index).nonzero().squeeze(1) if dynamic else None  # (M,)
-    x, y = (hidden, labels) if rows is None else (hidden.index_select(0, rows), labels.index_select(0, rows))
-    pairs = list(zip(x.split(chunk or 256), y.split(chunk or 256), strict=True))
+    def losses_of(x: Tensor, y: Tensor) -> Tensor:
+        z = rule(head(x)).flatten(0, -2)  # (c, V)
+        return token_losses(z, y.flatten(), ignore_index=ignore_index, label_smoothing=smoothing).view(y.shape)
+
+    at = None
+    if not torch.compiler.is_compiling():  # a compiled graph cannot depend on how many tokens have labels
+        at = _labelled(labels != ignore_index)
+    x, y = (hidden, labels) if at is None else (hidden.index_select(-2, at), labels.index_select(-1, at))
+    step = max(1, (chunk or DEFAULT_CHUNK) // (labels[..., :1].numel() or 1))
+    pairs = list(zip(x.split(step, -2), y.split(step, -1), strict=True))
     if torch.is_grad_enabled():
         parts = [checkpoint(losses_of, *pair, use_reentrant=False) for pair in pairs]
     else:
         parts = [losses_of(*pair) for pair in pairs]
-    losses = torch.cat(parts)
-    return losses if rows is None else losses.new_zeros(len(labels)).index_copy(0, rows, losses)
+    losses = torch.cat(parts, -1)
+    return losses if at is None else losses.new_zeros(labels.shape).index_copy(-1, at, losses)
+
+
+def _labelled(has_label: Tensor) -> Tensor:
+    """The positions (k,) of (..., T) that have a label in any row."""
+    return has_label.reshape(-1, has_label.shape[-1]).any(0).nonzero().squeeze(1)
 
 
 # -- the pass ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -112,9 +112,9 @@ def headless(head: nn.Module) -> contextlib.AbstractContextManager[None]:
 class Head:
     """A head at work: hidden states (..., D) and labels (...) to losses, a chunk of logits at a time."""
 
-    call: Callable[[Tensor], Tensor]  # (n, D) -> (n, V)
+    call: Callable[[Tensor], Tensor]  # (..., D) -> (..., V)
     linear: nn.Linear | None = None  # the same as a matrix, where it is one
-    rule: LogitRule = LogitRule()
+    rule: LogitRule = field(default_factory=LogitRule)
     chunk: int | None = None  # tokens at once through `call`
 
     def cross_entropy(
@@ -127,41 +127,35 @@ class Head:
         reduction: str = "mean",
     ) -> Tensor:
         """A scalar: see `pegbox.core.cross_entropy.chunked_cross_entropy`."""
-        weights = None if token_weights is None else token_weights.flatten()
-        options: dict[str, Any] = {
-            "token_weights": weights,
-            "label_smoothing": label_smoothing,
-            "reduction": reduction,
-            "logit_scale": self.rule.scale,
-            "softcap": self.rule.softcap,
-        }
-        rows, labels = hidden.flatten(0, -2), labels.flatten()
-        if self.linear is not None and _is_plain(self.linear.weight):
-            return chunked_cross_entropy(rows, self.linear.weight, labels, self.linear.bias, **options)
-        return chunked_head_loss(self.call, rows, labels, chunk=self.chunk, **options)
+        options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": reduction, **self._rule()}
+        if not self._is_matrix():
+            options["chunk"] = self.chunk
+            return chunked_head_loss(self.call, hidden, labels, token_weights=token_weights, **options)
+        options["token_weights"] = None if token_weights is None else token_weights.flatten()
+        return chunked_cross_entropy(hidden.flatten(0, -2), *self._matrix(labels), **options)
 
     def token_losses(self, hidden: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """The loss of each token in the shape of `labels`, 0 where there is none; differentiable."""
-        options: dict[str, Any] = {
-            "label_smoothing": label_smoothing,
-            "logit_scale": self.rule.scale,
-            "softcap": self.rule.softcap,
-        }
-        rows, flat = hidden.flatten(0, -2), labels.flatten()
-        if self.linear is not None and _is_plain(self.linear.weight):
-            losses = chunked_token_losses(rows, self.linear.weight, flat, self.linear.bias, **options)
-        else:
-            losses = chunked_head_token_losses(self.call, rows, flat, chunk=self.chunk, **options)
-        return losses.view(labels.shape)
+        options: dict[str, Any] = {"label_smoothing": label_smoothing, **self._rule()}
+        if not self._is_matrix():
+            return chunked_head_token_losses(self.call, hidden, labels, chunk=self.chunk, **options)
+        return chunked_token_losses(hidden.flatten(0, -2), *self._matrix(labels), **options).view(labels.shape)
 
     def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """log p(label) of each token in the shape of `labels`, 0 where there is none; differentiable."""
         return -self.token_losses(hidden, labels)
 
+    def _rule(self) -> dict[str, Any]:
+        return {"logit_scale": self.rule.scale, "softcap": self.rule.softcap}
 
-def _is_plain(weight: Tensor) -> bool:
-    """Whether a weight is an ordinary tensor: neither quantised nor sharded."""
-    return type(weight) in (nn.Parameter, Tensor)
+    def _is_matrix(self) -> bool:
+        """Whether the head is one matrix, and that an ordinary tensor: neither quantised nor sharded."""
+        return self.linear is not None and type(self.linear.weight) in (nn.Parameter, Tensor)
+
+    def _matrix(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight (V, D), labels (N,), bias (V,)."""
+        assert self.linear is not None
+        return self.linear.weight, labels.flatten(), self.linear.bias
 
 
 def through_head(
@@ -207,8 +201,8 @@ def _carry(zero: Tensor, shape: torch.Size) -> Tensor:
     The gradient leaves the model through its output, as wrappers expect, and zeros pass every logit rule unchanged.
     """
     if zero.ndim == 0:
-        return zero.expand(shape)[..., None]
-    return nn.functional.pad(zero, (shape[-1] - zero.shape[-1], 0))[..., None]
+        return zero.expand(*shape, 1).clone()  # FSDP warns of views
+    return nn.functional.pad(zero[..., None], (0, 0, shape[-1] - zero.shape[-1], 0))
 
 
 def _arrived(logits: Tensor, value: Tensor) -> Tensor:
