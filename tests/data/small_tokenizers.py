@@ -95,4 +95,5 @@ def word_piece() -> PreTrainedTokenizerFast:
         pad_token="[PAD]",
         unk_token="[UNK]",
         mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
-from chat_families import FAMILIES, LLAMA2, QWEN
+from chat_families import CONTROL, FAMILIES, LLAMA2, LLAMA3, QWEN, Family
 from small_tokenizers import KINDS, small
 
 from pegbox.core.errors import DataError
@@ -196,6 +199,31 @@ def test_marks_without_the_end_token_are_passed_over_and_said_so():
     assert said(CHAT, tokenizer, proof) == ("Yo!<|im_end|>", "So.<|im_end|>")
 
 
+@pytest.mark.parametrize(
+    ("end", "after", "by"),
+    [
+        ("{{- '<|im_end|>\\n' }}", "", "marks"),  # a newline too many is left out
+        ("{{- '<|im_end|>\\n<|im_start|>' }}", "", "sentinels"),
+    ],
+)
+def test_marks_that_go_beyond_the_end_token(end, after, by):
+    template = MARKED.replace("END", end).replace("AFTER", after)
+    tokenizer = small("byte-level", replace(FAMILIES["qwen"], template=template))
+    proof = prove(tokenizer)
+    assert proof.by == by
+    assert said(CHAT, tokenizer, proof) == ("Yo!<|im_end|>", "So.<|im_end|>")
+
+
+def test_marks_around_the_header_are_passed_over():
+    template = MARKED.replace("END", "{{- '<|im_end|>' }}").replace("AFTER", "{{- '\\n' }}")
+    template = template.replace("{% generation %}{{- m.content }}", "{% generation %}{{- '> ' + m.content }}")
+    template = template.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n> '")
+    tokenizer = small("byte-level", replace(FAMILIES["qwen"], template=template))
+    proof = prove(tokenizer)
+    assert "it trains '> A pegbox.<|im_end|>' where the assistant wrote 'A pegbox.<|im_end|>'" in proof.note
+    assert said(CHAT, tokenizer, proof) == ("Yo!<|im_end|>", "So.<|im_end|>")
+
+
 # -- what templates do to messages ---------------------------------------------------------------------------------
 
 
@@ -268,6 +296,27 @@ def test_tool_calls_that_the_template_leaves_out_are_an_error_of_the_row():
     tokenizer = small("byte-level", FAMILIES["llama3"])
     with pytest.raises(RowError, match="template drops tool_calls"):
         render(TOOL_CHAT, tokenizer, prove(tokenizer))
+
+
+def test_a_tool_answer_inside_the_assistants_turn_is_never_trained():
+    """A template that writes call, answer and last words as one turn can be trained on, but not on such rows."""
+    template = QWEN.replace("<|im_start|>user\\n<response>", "<response>").replace(
+        "</response><|im_end|>\\n", "</response>"
+    )
+    template = template.replace("{{- '<|im_end|>\\n' }}", "{% if not m.tool_calls %}{{- '<|im_end|>\\n' }}{% endif %}")
+    tokenizer = small("byte-level", replace(FAMILIES["qwen"], template=template))
+    proof = prove(tokenizer)
+    assert proof.unproven == {"tool"}
+    assert "rows with tool messages are rejected: probe 'tool' failed" in proof.note
+    assert said(CHAT, tokenizer, proof) == FAMILIES["qwen"].trains
+    with pytest.raises(RowError, match="template is not proven with 'assistant' messages"):
+        render(TOOL_CHAT, tokenizer, proof)
+
+
+def test_a_turn_that_ends_otherwise_at_the_end_of_the_conversation():
+    template = LLAMA3.replace("<|eot_id|>", "{{ X }}").replace("'{{ X }}'", "('</s>' if loop.last else '<|eot_id|>')")
+    tokenizer = small("byte-level", replace(FAMILIES["llama3"], template=template, eos="</s>"))
+    assert said(CHAT, tokenizer) == ("Yo!<|eot_id|>", "So.</s>")
 
 
 def test_a_template_for_one_turn_is_proven_for_one_turn():
@@ -346,3 +395,31 @@ def test_blank_of_the_header_that_joins_the_first_word_is_trained_and_other_text
     turn = templates.Turn(1, 3, 12, True)
     assert trained_tokens([(0, 2), (2, 8), (8, 12)], text, [turn]) == [range(1, 3)]
     assert trained_tokens([(0, 1), (1, 8), (8, 12)], text, [turn]) == [range(2, 3)]
+
+
+# -- templates of real models --------------------------------------------------------------------------------------
+
+SHIPPED = sorted((Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates").glob("*.jinja"))
+ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|END_OF_TURN_TOKEN|>")
+
+
+def test_templates_of_real_models_are_proven_or_refused_with_a_reason():
+    """TRL ships the templates of many families, some with marks; those for images want contents in parts."""
+    proven, refusals = [], []
+    for path in SHIPPED:
+        source = path.read_text()
+        eos = next((end for end in ENDS if end in source), "<｜end▁of▁sentence｜>")
+        tokenizer = small("byte-level", Family(source, ("", ""), eos, "<s>"))
+        control = sorted({*re.findall(r"<[|｜]\w+[|｜]>", source), *CONTROL})
+        tokenizer.add_special_tokens({"extra_special_tokens": control})
+        try:
+            proof = prove(tokenizer)
+        except DataError as error:
+            refusals.append(str(error))
+            continue
+        for words, text in zip(("Yo!", "So."), said(CHAT, tokenizer, proof), strict=True):
+            assert re.fullmatch(rf"(.*[>\n])?{re.escape(words)}(<[^>]+>\s?)+", text, re.DOTALL), (path.name, text)
+            assert "assistant" not in text
+        proven.append(path.name)
+    assert len(proven) > 0.8 * len(SHIPPED)
+    assert all(re.search("template refuses|not written once|no end of turn|probe '", text) for text in refusals)

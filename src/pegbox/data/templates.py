@@ -117,10 +117,10 @@ def prove(tokenizer: Tokenizer, template: str | None = None, options: Mapping[st
 
 def _prove_marks(draw: Draw, learnt: TemplateProof) -> TemplateProof:
     try:
-        return _run_probes(draw, replace(learnt, by="marks", leads=(*learnt.leads, "")))
+        return _run_probes(draw, replace(learnt, by="marks", leads=tuple(dict.fromkeys((*learnt.leads, "")))))
     except RowError as fault:
         note = f"the template's {{% generation %}} marks are not used: {fault}"
-        return replace(_run_probes(draw, learnt), note=note)
+        return _run_probes(draw, replace(learnt, note=note))
 
 
 def _learn(draw: Draw) -> TemplateProof:
@@ -135,10 +135,11 @@ def _learn(draw: Draw) -> TemplateProof:
         text = draw(chat)
     prompt, bare = (_after(draw(chat[:-1], prompt=p), again) for p in (True, False))
     befores = [_after(text, again).partition(more)[0], _after(text, asked).partition(said)[0]]
-    leads = {b.removeprefix(prompt) for b in befores if b.startswith(prompt)}
+    # Nothing where it writes another header than it prompts with.
+    leads = {b.removeprefix(prompt) if b.startswith(prompt) else "" for b in befores}
     if prompt == bare:  # it has no prompt for an answer: what it writes before one is a header, unless blank
-        leads = {lead for lead in leads if not lead.strip()}
-    closing, last = _closings(draw, _after(text, said).partition(again)[0], _after(text, more))
+        leads = {lead if not lead.strip() else "" for lead in leads}
+    closing, last = _closings(draw, _after(text, said).partition(again)[0], _after(text, more), befores[-1])
     return TemplateProof(
         draw.source, draw.options, "sentinels", prompt != bare, tuple(sorted(leads, key=len)[::-1]), closing, last
     )
@@ -151,21 +152,22 @@ def _after(text: str, sentinel: str) -> str:
     return after
 
 
-def _closings(draw: Draw, mid: str, last: str) -> tuple[str, str]:
+def _closings(draw: Draw, mid: str, last: str, asked: str) -> tuple[str, str]:
     """What ends a turn amid a conversation, and at its end.
 
     Args:
         mid: what the template writes between an assistant's content and the next user's.
         last: what it writes after the last content.
+        asked: what it writes between a user's content and an assistant's.
     """
     shared = shared_prefix(mid, last)
-    closing = _to_control(draw, shared)
+    closing = _to_control(draw, shared) or _to_control(draw, shared_prefix(mid, asked))  # any turn's, if not alike
     if not closing:
         whole = shared if shared in (mid, last) else re.sub(r"\S+$", "", shared)
         closing = whole.rstrip() or whole
-    if closing:
+    if closing and last.startswith(closing):
         return closing, _with_eos(draw, last, closing)
-    return "", _to_control(draw, last) or last.rstrip() or last
+    return closing, _to_control(draw, last) or last.rstrip() or last
 
 
 def _to_control(draw: Draw, text: str) -> str:
@@ -198,16 +200,19 @@ def _run_probes(draw: Draw, proof: TemplateProof) -> TemplateProof:
             _check_probe(draw, proof, chat)
             passed.append(name)
         except RowError as fault:
-            if name == "one turn" or not fault.reason.startswith("template "):
+            if fault.reason.startswith("template ") and name != "one turn":
+                refused += [name] * (fault.reason == "template refuses")  # what it drops is in `drops`
+            elif name in ("system", "tool"):
+                note = f"rows with {name} messages are rejected: probe {name!r} failed: {fault}"
+                note = "; ".join(filter(None, (proof.note, note)))
+                proof = replace(proof, unproven=proof.unproven | {name}, note=note)
+            else:
                 raise RowError(f"probe {name!r} failed", str(fault)) from fault
-            refused += [name] * (fault.reason == "template refuses")  # what it drops is in `drops`
     return replace(proof, probes=tuple(passed), refused=tuple(refused))
 
 
 def _probes(draw: Draw, proof: TemplateProof) -> dict[str, list[dict[str, Any]]]:
-    header = _after(draw([_user("\ue001"), _assistant("\ue002")]), "\ue001").partition("\ue002")[0]
-    header = re.sub("</?think>", "", header)  # where templates cut a content in two
-    end = proof.last_closing
+    header, end = _sayable(draw, _header(draw)), _sayable(draw, proof.last_closing)
     return {
         "one turn": [_user("What is it?"), _assistant("A pegbox.")],
         "several turns": [_user("One?"), _assistant("Two."), _user("Three?"), _assistant("Four: five.")],
@@ -218,6 +223,25 @@ def _probes(draw: Draw, proof: TemplateProof) -> dict[str, list[dict[str, Any]]]
         "system": [_message("system", "Be brief."), _user("Who?"), _assistant("Me.")],
         "tool": _tool_chat("It is 3."),
     }
+
+
+def _header(draw: Draw) -> str:
+    """What comes between a user's words and an assistant's."""
+    asked, said = (chr(c) for c in PRIVATE_USE[-2:])
+    header = _after(draw([_user(asked), _assistant(said)]), asked).partition(said)[0]
+    return re.sub("</?think>", "", header)  # where templates cut a content in two
+
+
+def _sayable(draw: Draw, words: str) -> str:
+    """Words that the template leaves alone within a content: these, these with single blanks, or others."""
+    asked, said = (chr(c) for c in PRIVATE_USE[-2:])
+    blank = draw([_user(asked), _assistant(said)])
+    for candidate in (words, " ".join(words.split())):
+        content = f"{candidate}a{candidate}b"
+        as_said = (blank.replace(said, trim(content)) for trim in TRIMS)
+        if any(_writes(draw, [_user(asked), _assistant(content)], text) for text in as_said):
+            return candidate
+    return "assistant"
 
 
 def _tool_chat(answer: str) -> list[dict[str, Any]]:

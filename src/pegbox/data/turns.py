@@ -63,6 +63,7 @@ class TemplateProof:
         leads: what it writes between that prompt and an assistant's content, longest first.
         closing: what ends an assistant's turn amid a conversation; `last_closing`: at its end.
         drops: roles (and "tool_calls") whose content it leaves out; such rows are rejected.
+        unproven: "system" or "tool" where the probe with such a message failed; such rows are rejected.
         refused: probes that it refuses to render; `probes`: those it passed.
         note: what the user should be told, or nothing.
     """
@@ -75,6 +76,7 @@ class TemplateProof:
     closing: str
     last_closing: str
     drops: frozenset[str] = frozenset()
+    unproven: frozenset[str] = frozenset()
     refused: tuple[str, ...] = ()
     probes: tuple[str, ...] = ()
     note: str = ""
@@ -170,6 +172,8 @@ def render(
 def _check_kept(chat: Sequence[dict[str, Any]], text: str, proof: TemplateProof) -> None:
     for message in chat:
         role, content = message["role"], message.get("content")
+        if role in proof.unproven or ("tool" in proof.unproven and message.get("tool_calls")):
+            raise RowError(f"template is not proven with {role!r} messages", proof.note)
         if "tool_calls" in proof.drops and message.get("tool_calls"):
             raise RowError("template drops tool_calls", "use a template that writes them")
         if not isinstance(content, str) or not content.strip() or role in ("user", "assistant"):
@@ -184,8 +188,15 @@ def _marked_spans(
     written, spans = draw.marked(chat)
     if written != text or len(spans) != len(indices):
         raise RowError("turn not found", f"{len(spans)} {{% generation %}} spans for {len(indices)} assistant messages")
-    ends = (proof.closing, proof.last_closing)
-    return [(start, stop, text.endswith(ends, start, stop)) for start, stop in spans]
+    return [_without_blank_after(text, start, stop, proof) for start, stop in spans]
+
+
+def _without_blank_after(text: str, start: int, stop: int, proof: TemplateProof) -> Span:
+    """A marked span up to the end-of-turn in it: marks often take in the newline that follows."""
+    ends = tuple(filter(None, (proof.closing, proof.last_closing)))
+    words = start + len(text[start:stop].rstrip())
+    found = next((at for at in (stop, words) if text.endswith(ends, start, at)), None)
+    return (start, stop, False) if found is None else (start, found, True)
 
 
 def _sentinel_spans(
