@@ -19,7 +19,7 @@ import yaml
 import pegbox
 from pegbox import methods
 from pegbox.core.method import Method
-from pegbox.evaluate.parity import ParityReport
+from pegbox.evaluate.report import ParityReport
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,9 +162,10 @@ def _parity(known: Facts) -> str:
     }[known.format]
     count = len(known.report.pairs[-1].probes)
     return (
-        f"## Parity\n\n{said} were run on {count} probe inputs; differences are of logits, relative ones to the "
-        f"largest logit, KL in nats. Weights are {known.report.dtype}, arithmetic float32. Numbers of every probe are "
-        f"in `parity.json`.\n\n{known.report.markdown()}"
+        f"## Parity\n\n{said} were run on {count} probe inputs. Differences are of logits, relative ones to the "
+        f"largest logit; KL is in nats; the last column is the worst tuned module run by itself. Weights are "
+        f"{known.report.dtype}, arithmetic float32. Numbers of every probe are in `parity.json`."
+        f"\n\n{known.report.markdown()}"
     )
 
 

@@ -25,8 +25,9 @@ from pegbox.core.errors import CannotMerge, MethodError, MissingExtra, ParityErr
 from pegbox.core.settings import build, setting
 from pegbox.evaluate import card, parity
 from pegbox.evaluate.opened import Opened, load_tokenizer, open_adapter
-from pegbox.evaluate.parity import Output, ParityReport
+from pegbox.evaluate.parity import Output
 from pegbox.evaluate.probes import TEXTS, Probe, probes
+from pegbox.evaluate.report import ParityReport
 from pegbox.evaluate.saved import weight_dtypes
 
 if TYPE_CHECKING:

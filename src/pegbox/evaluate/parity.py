@@ -4,20 +4,19 @@
 
     KL = sum_c p_c (log p_c - log p'_c), in nats, per position        top-1: share of positions with one arg max
 
-What decides is the relative difference (and, for a reloaded model, that every tensor has the same bits); KL and top-1
-are there for the reader.  A model kept in half precision is run in float32, its weights widened exactly for the time
-of the probes: in its own arithmetic two right models differ by 2 to 5 % of the largest logit, which would hide most
-mistakes.  What is left is that a merged weight is rounded once.
+What decides is the relative difference, that of every tuned module by itself (see site_parity) and, for a reloaded
+model, that every tensor has the same bits; KL and top-1 are there for the reader.  A model kept in half precision is
+run in float32, its weights widened exactly for the time of the probes: in its own arithmetic two right models differ
+by 2 to 5 % of the largest logit, which would hide most mistakes.  What is left is that a merged weight is rounded once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,10 @@ from torch import Tensor, nn
 
 from pegbox.core.errors import CannotDisable, ModelError, ParityError
 from pegbox.core.tuned import Tuned
+from pegbox.evaluate import site_parity
+from pegbox.evaluate.in_float32 import in_float32
 from pegbox.evaluate.probes import Probe, builtin
+from pegbox.evaluate.report import Difference, Pair, ParityReport, number
 from pegbox.evaluate.saved import reload, save, unequal_tensors, weight_dtypes
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 # largest logit on small models; a wrong scale, sign or layer by 1e-2 and more.  Rounding the merged weights once to
 # half precision was seen to cost up to 3 units (tests/evaluate/test_parity.py).
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+Details = dict[tuple[str, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -49,133 +54,6 @@ class Output:
 
     values: Tensor
     logits: bool
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Two models on one probe.
-
-    Attributes:
-        largest: largest absolute difference of the outputs.
-        scale: largest absolute output of the reference.
-        mean_kl, max_kl: over positions, in nats; None where outputs are no logits.
-        top1: share of positions with the same arg max; None where outputs are no logits.
-        positions: how many there are.
-    """
-
-    probe: str
-    largest: float
-    scale: float
-    mean_kl: float | None
-    max_kl: float | None
-    top1: float | None
-    positions: int
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two models on all probes.
-
-    Attributes:
-        tolerance: of the relative difference; None for a pair that is shown and not judged.
-        tensors: names of the tensors whose bits differ, where they must not.
-    """
-
-    reference: str
-    other: str
-    tolerance: float | None
-    probes: tuple[Difference, ...]
-    tensors: tuple[str, ...] = ()
-
-    @property
-    def largest(self) -> float:
-        return _worst(d.largest for d in self.probes)
-
-    @property
-    def relative(self) -> float:
-        scale = _worst(d.scale for d in self.probes)
-        return self.largest / scale if scale else self.largest
-
-    @property
-    def mean_kl(self) -> float | None:
-        """Over all positions of all probes."""
-        known = [(d.mean_kl, d.positions) for d in self.probes if d.mean_kl is not None]
-        return sum(kl * n for kl, n in known) / sum(n for _, n in known) if known else None
-
-    @property
-    def max_kl(self) -> float | None:
-        known = [d.max_kl for d in self.probes if d.max_kl is not None]
-        return _worst(known) if known else None
-
-    @property
-    def top1(self) -> float | None:
-        known = [(d.top1, d.positions) for d in self.probes if d.top1 is not None]
-        return sum(share * n for share, n in known) / sum(n for _, n in known) if known else None
-
-    @property
-    def passed(self) -> bool:
-        return self.tolerance is None or (self.relative <= self.tolerance and not self.tensors)  # False for NaN
-
-    def to_dict(self) -> dict[str, Any]:
-        numbers = {k: getattr(self, k) for k in ("largest", "relative", "mean_kl", "max_kl", "top1", "passed")}
-        return asdict(self) | numbers
-
-    def describe(self) -> str:
-        """Why it failed, with the numbers."""
-        if self.tensors:
-            first = ", ".join(self.tensors[:3])
-            more = f" and {len(self.tensors) - 3} more" if len(self.tensors) > 3 else ""
-            return f"{self.other} has other values than {self.reference} in {len(self.tensors)} tensors: {first}{more}"
-        return (
-            f"{self.other} differs from {self.reference}: largest difference {_number(self.largest)}, "
-            f"{_number(self.relative)} of the largest output (at most {_number(self.tolerance)} allowed), mean KL "
-            f"{_number(self.mean_kl)} nats, top-1 agreement {_share(self.top1)}, worst on probe {self._worst_probe()!r}"
-        )
-
-    def _worst_probe(self) -> str:
-        return max(self.probes, key=lambda d: math.inf if math.isnan(d.largest) else d.largest).probe
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """Every pair of models that was compared.
-
-    Attributes:
-        dtype: of the weights that were compared, the coarsest.
-        notes: what a reader must know to trust the numbers.
-    """
-
-    pairs: tuple[Pair, ...]
-    dtype: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        return all(pair.passed for pair in self.pairs)
-
-    def require(self) -> ParityReport:
-        """Itself.
-
-        Raises:
-            ParityError: a pair is past its tolerance; the message names the numbers.
-        """
-        if not self.passed:
-            raise ParityError("; ".join(pair.describe() for pair in self.pairs if not pair.passed))
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; `parity.json` holds this."""
-        pairs = [pair.to_dict() for pair in self.pairs]
-        return {"passed": self.passed, "dtype": self.dtype, "notes": list(self.notes), "pairs": pairs}
-
-    def markdown(self) -> str:
-        """A table, one pair a line, and the notes."""
-        head = "| compared | largest difference | relative | allowed | mean KL | max KL | top-1 agreement |"
-        lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-        for p in self.pairs:
-            cells = [_number(v) for v in (p.largest, p.relative, p.tolerance, p.mean_kl, p.max_kl)]
-            lines.append(f"| {p.reference} / {p.other} | {' | '.join(cells)} | {_share(p.top1)} |")
-        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
 
 def compare(
@@ -223,9 +101,11 @@ def gate(
     probes = list(probes) if probes is not None else builtin(tuned.model, tokenizer)
     with _evaluating(tuned), _folder(folder) as target:
         outputs = {"base": run_bare(tuned, probes), "adapter": run(tuned, probes)}
+        calls = site_parity.record(tuned, probes)
         model = tuned.merge()
         try:
             outputs["merged"] = run(model, probes)
+            sites = site_parity.differences(model, calls)
             save(model, target, dtype)
             again = reload(model, target, dtype)
             outputs["reloaded"] = run(again, probes)
@@ -233,7 +113,8 @@ def gate(
         finally:
             tuned.unmerge()
         dtypes = weight_dtypes(tuned.model) | ({dtype} if dtype else set())
-    return judge(outputs, probes, dtypes, tolerance, {("merged", "reloaded"): unequal})
+    more: Details = {("adapter", "merged"): {"sites": sites}, ("merged", "reloaded"): {"tensors": unequal}}
+    return judge(outputs, probes, dtypes, tolerance, more, _unreached(calls))
 
 
 def judge(
@@ -241,9 +122,16 @@ def judge(
     probes: Sequence[Probe],
     dtypes: set[torch.dtype],
     tolerance: float | None = None,
-    unequal: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
+    more: Details | None = None,
+    notes: Sequence[str] = (),
 ) -> ParityReport:
     """The report over all pairs of models; those with the base are shown, not judged.
+
+    Args:
+        outputs: of each model, by name; None for a base that is gone.
+        dtypes: of the weights; the coarsest sets the tolerance if none is given.
+        more: `tensors` and `sites` of a pair (see Pair).
+        notes: what a reader must know to trust the numbers.
 
     Raises:
         ParityError: with the report as its attribute `report`.
@@ -252,13 +140,12 @@ def judge(
     limit = TOLERANCE.get(coarsest, TOLERANCE[torch.float32]) if tolerance is None else tolerance
     said = {name: values for name, values in outputs.items() if values is not None}
     pairs = [
-        pair(names, said[names[0]], said[names[1]], probes, limit, (unequal or {}).get(names, ()))
+        pair(names, said[names[0]], said[names[1]], probes, limit, **(more or {}).get(names, {}))
         for names in itertools.combinations([n for n in said if n != "base"], 2)
     ]
-    notes: list[str] = []
     if "base" in said:
         effect = pair(("base", "adapter"), said["base"], said["adapter"], probes, None)
-        notes += _blind(effect, limit)
+        notes = [*notes, *_blind(effect, limit)]
         pairs.insert(0, effect)
     report = ParityReport(tuple(pairs), str(coarsest).removeprefix("torch."), tuple(notes))
     try:
@@ -268,12 +155,21 @@ def judge(
         raise
 
 
+def _unreached(calls: Mapping[str, Sequence[Any]]) -> list[str]:
+    unseen = [path for path, some in calls.items() if not some]
+    if not unseen:
+        return []
+    return [
+        f"{len(unseen)} of {len(calls)} tuned modules were reached by no probe and are not compared: {unseen[0]}, ..."
+    ]
+
+
 def _blind(effect: Pair, limit: float) -> list[str]:
     if effect.relative > limit:
         return []
     return [
-        f"The adapter itself changes the outputs by {_number(effect.relative)} of the largest, less than the "
-        f"tolerance of {_number(limit)}: a wrong merge of it could not be told from a right one."
+        f"The adapter itself changes the outputs by {number(effect.relative)} of the largest, less than the "
+        f"tolerance of {number(limit)}: a wrong merge of it could not be told from a right one."
     ]
 
 
@@ -295,20 +191,6 @@ def run_bare(tuned: Tuned, probes: Sequence[Probe]) -> list[Output] | None:
             return run(tuned, probes)
     except CannotDisable:
         return None
-
-
-@contextlib.contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Half-precision tensors are widened in place and narrowed again after; both are exact."""
-    half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
-    before = [t.dtype for t in half]
-    try:
-        for t in half:
-            t.data = t.data.float()
-        yield
-    finally:
-        for t, dtype in zip(half, before, strict=True):
-            t.data = t.data.to(dtype)
 
 
 def output_of(out: Any, probe: Probe) -> Output:
@@ -360,11 +242,11 @@ def pair(
     other: Sequence[Output],
     probes: Sequence[Probe],
     tolerance: float | None,
-    unequal: tuple[str, ...] = (),
+    **more: Any,
 ) -> Pair:
     """Two models' outputs to the same probes."""
     found = tuple(_difference(p.name, a, b) for p, a, b in zip(probes, reference, other, strict=True))
-    return Pair(*names, tolerance, found, unequal)
+    return Pair(*names, tolerance, found, **more)
 
 
 def _difference(probe: str, reference: Output, other: Output) -> Difference:
@@ -392,17 +274,3 @@ def _kl(z: Tensor, w: Tensor) -> Tensor:
     log_p, log_q = z.double().log_softmax(-1), w.double().log_softmax(-1)
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0)
-
-
-def _worst(values: Any) -> float:
-    """The largest, NaN if any is."""
-    listed = list(values)
-    return math.nan if any(math.isnan(v) for v in listed) else max(listed, default=0.0)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}%"
