@@ -17,7 +17,8 @@ from pegbox.core.errors import SettingsError, did_you_mean
 from pegbox.core.method import Method
 from pegbox.core.settings import build
 
-LARGE, SMALL = 4, 4  # whole-number settings above the first become the second
+SMALL = 4  # whole numbers above this are set to it
+SCALE = 6.0  # and other numbers to this, so that alpha / rank is not 1
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ def family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def small(cls: type[Method]) -> dict[str, int]:
-    """Whole-number settings that are too large for a model of width 32, made small."""
+def small(cls: type[Method]) -> dict[str, float]:
+    """Numbers that are too large for a model of width 32, made small."""
     fields = {f.name: f.default for f in dataclasses.fields(cls)}
-    return {k: SMALL for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool) and v > LARGE}
+    large = {k: v for k, v in fields.items() if isinstance(v, (int, float)) and v > SMALL}
+    return {k: SMALL if isinstance(v, int) else SCALE for k, v in large.items()}
 
 
 def smallest(method: Method) -> Method:

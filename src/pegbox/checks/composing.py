@@ -6,8 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from pegbox.checks.check import check, require
-from pegbox.checks.lab import Lab, bits, every, require_close, require_different, require_equal, require_raises, shake
+from pegbox.checks.lab import (
+    Lab,
+    bits,
+    every,
+    logits,
+    require_close,
+    require_different,
+    require_equal,
+    require_raises,
+    shake,
+)
 from pegbox.checks.when import adds_outputs, has_no_sum, keeps_base, merges, moves_base, not_per_row, per_row
+from pegbox.core import files
 from pegbox.core.compose import Stack, Sum
 from pegbox.core.errors import CannotMix
 from pegbox.core.tuned import Tuned
@@ -53,12 +64,16 @@ def company_is_refused(lab: Lab) -> None:
 @check(keeps_base)
 def the_named_adapter_is_saved(lab: Lab) -> None:
     """Saving an adapter that is not in use, or with a stack in use, writes what saving it alone writes."""
-    tuned = _pair(lab)
+    tuned, cls = _pair(lab), [type(lab.method)]
     alone = lab.save(_alone(lab, "a"), folder="alone")
+    want = files.read(alone, cls)
     for plan in ("b", Stack("a", "b")):
         folder = lab.save(tuned.use(plan), "a")
-        for file in sorted(p.name for p in alone.iterdir()):
-            require((folder / file).read_bytes() == (alone / file).read_bytes(), f"{file} is another with {plan} in use")
+        have = files.read(folder, cls)
+        every(have.tensors, want.tensors, require_equal, f"a, saved with {plan} in use")
+        require(have.settings == want.settings, f"settings saved with {plan} in use are {have.settings}")
+        same = (folder / files.CONFIG).read_text() == (alone / files.CONFIG).read_text()
+        require(same, f"{files.CONFIG} is another one with {plan} in use")
 
 
 @check(keeps_base, merges)
@@ -155,8 +170,6 @@ def rows_train(lab: Lab) -> None:
 
 def _row_gradients(lab: Lab, tuned: Tuned, rows: range | list[int]) -> dict[str, Tensor]:
     """Gradients of the sum of squared outputs of some rows."""
-    from pegbox.checks.lab import logits
-
     tuned.zero_grad()
     out = logits(tuned(**lab.inputs()))
     (out[list(rows)].square().sum() / 100).backward()

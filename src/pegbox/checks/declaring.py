@@ -6,12 +6,14 @@ import dataclasses
 import json
 from typing import Any
 
+from torch import nn
+
 from pegbox import anatomy
 from pegbox.checks.check import check, require
 from pegbox.checks.lab import Lab, bits, require_raises, require_untouched
 from pegbox.checks.when import lacks_a_need, needs_something
 from pegbox.core.errors import SettingsError, TargetError
-from pegbox.core.graft import WeightGraft
+from pegbox.core.graft import Graft, WeightGraft
 from pegbox.core.settings import build
 from pegbox.core.tuned import Tuned
 
@@ -34,21 +36,21 @@ def settings_survive_json(lab: Lab) -> None:
 @check()
 def settings_keep_their_bounds(lab: Lab) -> None:
     """A value past a setting's bound, or of the wrong type, is a SettingsError that names setting and value."""
-    cls = type(lab.method)
+    cls, model = type(lab.method), lab.model()
     for field in dataclasses.fields(cls):
         for bound, past in OUTSIDE.items():
             if bound in field.metadata:
-                _refused(lab, field.name, past(field.metadata[bound]))
+                _refused(lab, model, field.name, past(field.metadata[bound]))
         if isinstance(field.default, (int, float)):
-            _refused(lab, field.name, "nonsense")
+            _refused(lab, model, field.name, "nonsense")
 
 
-def _refused(lab: Lab, name: str, value: Any) -> None:
+def _refused(lab: Lab, model: nn.Module, name: str, value: Any) -> None:
     what = f"{name}={value!r}"
     with require_raises(SettingsError, what, name, str(value)):
         build(type(lab.method), {name: value})
     with require_raises(SettingsError, f"{what} in tune", name, str(value)):
-        lab.tuned(method=lab.with_setting(**{name: value}))
+        lab.tuned(model, lab.with_setting(**{name: value}))
 
 
 @check()
@@ -76,11 +78,12 @@ def seams_are_declared(lab: Lab) -> None:
     require(weights == ("weight" in seams), f"traits.seams are {seams}, and there are weight grafts: {weights}")
     selects = bool(tuned.adapter().selected)
     require(selects == ("selection" in seams), f"traits.seams are {seams}, and base tensors train: {selects}")
-    rates = any(rate != 1 for g in _changed_settings(lab).adapter().grafts.values() for rate in g.rates().values())
+    grafts = [g for g in _changed_rates(lab).adapter().grafts.values() if isinstance(g, Graft)]
+    rates = any(rate != 1 for graft in grafts for rate in graft.rates().values())
     require(not rates or "update" in seams, f"grafts ask for learning rates of their own, and traits.seams are {seams}")
 
 
-def _changed_settings(lab: Lab) -> Tuned:
+def _changed_rates(lab: Lab) -> Tuned:
     """The method with every learning-rate setting away from 1."""
     rates = {f.name: 2.0 for f in dataclasses.fields(lab.method) if f.name.endswith("rate")}
     return lab.tuned(method=lab.with_setting(**rates))

@@ -32,15 +32,14 @@ def forward_is_the_equation(lab: Lab) -> None:
 @check(maps_weights)
 def linear_as_declared(lab: Lab) -> None:
     """traits.linear holds exactly if the change of every weight is additive in the trained parameters."""
-    one, two, both = lab.shaken(seed=1), lab.shaken(seed=2), lab.tuned()
-    start = lab.tuned().trainable()
+    start, one, two, both = lab.tuned(), lab.shaken(seed=1), lab.shaken(seed=2), lab.tuned()
     with torch.no_grad():
         for key, parameter in both.trainable().items():
-            parameter.copy_(one.trainable()[key] + two.trainable()[key] - start[key])
+            parameter.copy_(one.trainable()[key] + two.trainable()[key] - start.trainable()[key])
     largest = 0.0
     for path, _ in _weight_grafts(both):
-        sum_of = _change(one, path) + _change(two, path) - _change(lab.tuned(), path)
-        largest = max(largest, float((_change(both, path) - sum_of).abs().max()))
+        added = _change(one, path) + _change(two, path) - _change(start, path)
+        largest = max(largest, float((_change(both, path) - added).abs().max()))
     linear = largest < 1e-5
     declared = lab.method.traits.linear
     require(linear == declared, f"traits.linear is {declared}; additive up to {largest:.1e}")
@@ -52,7 +51,9 @@ def low_rank_as_declared(lab: Lab) -> None:
     tuned, declared = lab.shaken(), lab.method.traits.to_lora
     for path, graft in _weight_grafts(tuned):
         low_rank = isinstance(graft, LowRankGraft)
-        require(low_rank == declared, f"traits.to_lora is {declared}, and {type(graft).__name__} has factors: {low_rank}")
+        require(
+            low_rank == declared, f"traits.to_lora is {declared}, and {type(graft).__name__} has factors: {low_rank}"
+        )
         if isinstance(graft, LowRankGraft):
             _check_factors(tuned.sites[path], graft, _change(tuned, path))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +53,16 @@ class Lab:
         return Tuned(base, anatomy.of(base), method or self.method, name=name, seed=seed).eval()
 
     def shaken(
-        self, model: nn.Module | None = None, method: Method | None = None, *, name: str = "default", seed: int = 1
+        self,
+        model: nn.Module | None = None,
+        method: Method | None = None,
+        *,
+        name: str = "default",
+        seed: int = 1,
+        size: float = 0.1,
     ) -> Tuned:
         """The same with random values in all that trains, as if it had been trained."""
-        return shake(self.tuned(model, method, name=name), seed)
+        return shake(self.tuned(model, method, name=name), seed, size)
 
     def with_setting(self, **changes: Any) -> Method:
         return dataclasses.replace(self.method, **changes)
@@ -116,11 +122,11 @@ def logits(out: Any) -> Tensor:
 
 
 @torch.no_grad()
-def shake(tuned: Tuned, seed: int = 1) -> Tuned:
-    """Add a random value to every trained number."""
+def shake(tuned: Tuned, seed: int = 1, size: float = 0.1) -> Tuned:
+    """Add a random value, of `size` on average, to every trained number."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in tuned.trainable().values():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+        parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
     return tuned
 
 
@@ -172,11 +178,13 @@ def require_raises(error: type[PegboxError], what: str, *words: str) -> Iterator
     require(False, f"{what}: no {error.__name__} was raised")
 
 
-def require_untouched(model: nn.Module, want: dict[str, Tensor], what: str) -> None:
-    """A base with its own tensors and forwards, nothing of ours about it."""
+def require_untouched(model: nn.Module, want: dict[str, Tensor], what: str, still: Iterable[str] = ()) -> None:
+    """A base with its own tensors, forwards and flags, nothing of ours about it; `still` are those that were frozen."""
     require_same_bits(bits(model), want, what)
     patched = [path for path, m in model.named_modules() if "forward" in m.__dict__]
     require(not patched, f"{what}: a forward is left on {patched[:1]}")
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    require(frozen == list(still), f"{what}: {frozen[:3]} do not ask for gradients")
 
 
 def every(pairs: dict[str, Tensor], other: dict[str, Tensor], compare: Callable[..., None], what: str) -> None:

@@ -34,7 +34,9 @@ def gradients_reach_what_trains(lab: Lab) -> None:
     zero = [k for k, g in gradients.items() if not g.any() or not g.isfinite().all()]
     require(not zero, f"gradients of {zero[:3]} are zero or not finite")
     selected = set(tuned.adapter().selected)
-    base = [n for n, p in tuned.model.named_parameters() if n not in selected and (p.requires_grad or p.grad is not None)]
+    base = [
+        n for n, p in tuned.model.named_parameters() if n not in selected and (p.requires_grad or p.grad is not None)
+    ]
     require(not base, f"the base's own {base[:3]} train")
     inside = [n for n, p in tuned.adapter().named_parameters() if p.requires_grad]
     own = [k for k in trainable if not k.startswith("base.")]

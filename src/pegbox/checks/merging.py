@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from pegbox.checks.check import check, require
 from pegbox.checks.lab import BF16, Lab, bits, logits, require_close, require_equal, require_raises, require_same_bits
 from pegbox.checks.when import cannot_merge, keeps_base, maps_weights, merges
-from pegbox.core.errors import CannotMerge
+from pegbox.core.errors import CannotMerge, MethodError
 
 
 @check(merges, on="all")
@@ -27,12 +28,14 @@ def merged_equals_forward(lab: Lab) -> None:
 @check(merges)
 def merged_equals_forward_in_bf16(lab: Lab) -> None:
     """On a bfloat16 base the merged weights are bfloat16 and give the adapter's outputs (1e-2)."""
-    tuned = lab.shaken(lab.model().bfloat16())
+    tuned = lab.shaken(lab.model().bfloat16(), size=0.05)
     want = _bf16_output(lab, tuned)
     merged = tuned.merge()
     kinds = {p.dtype for p in merged.parameters()}
     require(kinds == {torch.bfloat16}, f"merged weights are {kinds}")
-    require_close(_bf16_output(lab, merged), want, "the merged model", 2 * BF16)
+    have = _bf16_output(lab, merged)
+    distance = float((have.float() - want.float()).norm() / want.float().norm())
+    require(distance <= BF16, f"outputs of the merged model differ by {distance:.1e} of their norm, allowed are {BF16}")
 
 
 @torch.no_grad()
@@ -75,7 +78,7 @@ def detach_after_merge_gives_the_base_back(lab: Lab) -> None:
     want, before = lab.output(model), bits(model)
     tuned = lab.shaken(model)
     tuned.merge()
-    with require_raises(CannotMerge, "merging twice"):
+    with require_raises(MethodError, "merging twice"):
         tuned.merge()
     require_same_bits(bits(tuned.detach()), before, "detached after a merge")
     require_equal(lab.output(model), want, "the model detached after a merge")
@@ -91,9 +94,10 @@ def merging_a_tied_head_leaves_the_embedding(lab: Lab) -> None:
     require_equal(merged.get_input_embeddings().weight, before, "the embedding")  # type: ignore[operator]
     require(not torch.equal(merged.get_output_embeddings().weight, before), "the head did not move")  # type: ignore[operator]
     require_close(lab.output(merged), want, "the merged model")
-    require(merged.config.tie_word_embeddings is False, "the configuration says that head and embedding are tied")  # type: ignore[union-attr]
+    tied = merged.config.tie_word_embeddings  # type: ignore[union-attr]
+    require(tied is False, "the configuration says that head and embedding are tied")
 
 
 def _config(model: nn.Module) -> object:
-    config = getattr(model, "config", None)
-    return copy.deepcopy(config.to_dict()) if config is not None else None  # type: ignore[union-attr, operator]
+    config: Any = getattr(model, "config", None)
+    return copy.deepcopy(config.to_dict()) if config is not None else None

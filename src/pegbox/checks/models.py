@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,8 @@ def llama(*, hidden: int = 32, mlp: int = 48, heads: int = 4, kv_heads: int = 2,
         pad_token_id=PAD,
         eos_token_id=None,
         bos_token_id=1,
-        initializer_range=0.2,
+        initializer_range=0.1,
+        use_cache=False,
     )
     return LlamaForCausalLM(config)
 
@@ -98,7 +99,8 @@ def gpt2() -> nn.Module:
         pad_token_id=PAD,
         bos_token_id=1,
         eos_token_id=None,
-        initializer_range=0.2,
+        initializer_range=0.1,
+        use_cache=False,
     )
     return GPT2LMHeadModel(config)
 
@@ -116,10 +118,10 @@ def bert() -> nn.Module:
         max_position_embeddings=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=CLASSES,
         pad_token_id=PAD,
-        initializer_range=0.2,
+        initializer_range=0.1,
     )
+    config.num_labels = CLASSES
     return BertForSequenceClassification(config)
 
 
@@ -136,9 +138,10 @@ def t5() -> nn.Module:
         num_heads=4,
         dropout_rate=0.0,
         pad_token_id=PAD,
-        decoder_start_token_id=PAD,
         eos_token_id=None,
+        use_cache=False,
     )
+    config.decoder_start_token_id = PAD
     return T5ForConditionalGeneration(config)
 
 
@@ -153,11 +156,11 @@ def vit() -> nn.Module:
         intermediate_size=48,
         image_size=8,
         patch_size=4,
-        num_labels=CLASSES,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.2,
+        initializer_range=0.1,
     )
+    config.num_labels = CLASSES
     return ViTForImageClassification(config)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ State = dict[str, Tensor]
 class Adapter(nn.Module):
     """The grafts, shared parameters and trained copies of one method, in a tree of their own.
 
-    A state's keys: `graft.PATH.NAME`, `shared.NAME`, `copy.PATH.NAME` and, for a method that trains the base's own
-    tensors, `base.NAME`.
+    A state's keys: `graft.PATH.NAME`, `shared.NAME`, `copy.NAME` with the base's own name of the copied parameter
+    and, for a method that trains the base's own tensors, `base.NAME`.
     """
 
     def __init__(self, method: Method) -> None:
@@ -32,6 +33,10 @@ class Adapter(nn.Module):
         self.shared: nn.Module | None = None
         self.selected: tuple[str, ...] = ()
         self.trained: frozenset[str] = frozenset()  # own parameters that were trainable when built
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Follow the base to a device, never to a dtype: masters stay float32."""
+        return super()._apply(lambda t: t.to(fn(torch.empty(0, device=t.device)).device), recurse)
 
     def own(self) -> dict[str, nn.Parameter]:
         """Parameters of the grafts by state key; shared ones once."""
@@ -97,20 +102,21 @@ class SiteAt:
             del self.known[site.path]
 
 
-class seeded:  # noqa: N801  (a context manager that reads as a verb)
-    """Draw from a generator made of a seed and a word, and leave the global one as it was."""
-
-    def __init__(self, seed: int, word: str) -> None:
-        digest = hashlib.sha256(f"{seed}/{word}".encode()).digest()
-        self.seed = int.from_bytes(digest[:7], "little")
-        self._fork = torch.random.fork_rng()
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *exc: object) -> None:
-        self._fork.__exit__(*exc)  # type: ignore[arg-type]
+@contextlib.contextmanager
+def seeded(seed: int, word: str) -> Iterator[None]:
+    """Draw from generators made of a seed and a word, and leave the global ones as they were."""
+    digest = hashlib.sha256(f"{seed}/{word}".encode()).digest()
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    states = [g.get_state() for g in generators]
+    for generator in generators:
+        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _ancestors(path: str) -> list[str]:
@@ -154,5 +160,7 @@ def _state_key(name: str) -> str:
         return name
     key, _, leaf = rest.partition(".")
     word = {"grafts": "graft", "copies": "copy"}[tree]
+    if tree == "copies":
+        leaf = leaf.removeprefix("values.").replace("/", ".")
     path = path_of(key)
     return f"{word}.{path}.{leaf}" if path else f"{word}.{leaf}"

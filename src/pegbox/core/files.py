@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pegbox.core.adapter import Adapter, State, path_of
-from pegbox.core.errors import AdapterError
+from pegbox.core.errors import AdapterError, SettingsError, TargetError, did_you_mean
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import Method, PeftLayout
 from pegbox.core.settings import build
@@ -29,6 +30,14 @@ from pegbox.core.tuned import Tuned
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_ROOT = "base_model.model."
+HEADER: dict[str, tuple[type, ...]] = {  # what Pegbox writes, and its types
+    "method": (str,),
+    "settings": (dict,),
+    "also_train": (list,),
+    "base": (str, type(None)),
+    "fingerprint": (str, type(None)),
+    "extra": (dict,),
+}
 
 
 @dataclass(frozen=True)
@@ -84,43 +93,27 @@ def read(directory: str | os.PathLike[str], methods: Iterable[type[Method]]) -> 
     """Read an adapter folder written by Pegbox or by HF PEFT.
 
     Args:
-        methods: the classes to recognise PEFT's files by.
+        methods: the classes that the file may be of.
 
     Raises:
-        AdapterError: a missing, truncated or foreign file, or a PEFT setting that no method here means.
+        AdapterError: a missing, truncated, altered or foreign file, or a PEFT setting that no method here means.
     """
-    folder = Path(directory)
+    folder, known = Path(directory), {m.name(): m for m in methods}
     config = _read_config(folder)
     header, tensors = _read_tensors(folder / TENSORS)
-    if header is not None:
-        return AdapterFile(
-            method=header["method"],
-            settings=header["settings"],
-            also_train=tuple(header["also_train"]),
-            base=header["base"],
-            fingerprint=header["fingerprint"],
-            tensors=tensors,
-            extra=header["extra"],
-        )
-    method = _recognise(config, methods, folder)
-    return AdapterFile(
-        method=method.name(),
-        settings=_settings_from_peft(config, method),
-        also_train=tuple(config.get("modules_to_save") or ()),
-        base=config.get("base_model_name_or_path"),
-        fingerprint=None,
-        tensors=tensors,
-        extra={},
-    )
+    if header is None:
+        return _from_peft(config, _recognise(config, known.values(), folder), tensors)
+    if header["method"] not in known:
+        raise AdapterError(f"{folder}: unknown method {header['method']!r}{did_you_mean(header['method'], known)}")
+    return AdapterFile(tensors=tensors, **{key: header[key] for key in HEADER})
 
 
 def put(file: AdapterFile, tuned: Tuned, method: type[Method], name: str = "default") -> Tuned:
     """Add a read adapter to a tuned model.
 
     Raises:
-        AdapterError: the base is another one, or a tensor has no place or the wrong shape.
+        AdapterError: the base is another one, or a setting, a target or a tensor does not fit it.
     """
-    built = build(method, file.settings, what=file.method)
     found = file.fingerprint and fingerprint(tuned.model, without=file.also_train)
     if file.fingerprint != found:
         raise AdapterError(
@@ -128,15 +121,28 @@ def put(file: AdapterFile, tuned: Tuned, method: type[Method], name: str = "defa
             f"this model is {_base_name(tuned) or 'unnamed'}, fingerprint {found}"
         )
     before = tuned._plan
-    tuned.add(name, built, also_train=file.also_train)
     try:
-        layout = built.traits.peft
-        keys = {_file_key(key, layout): key for key in tuned.state(name)}
-        tuned.load_state({keys.get(k, k): v for k, v in file.tensors.items()}, name)
+        built = build(method, file.settings, what=file.method)
+        tuned.add(name, built, also_train=file.also_train)
+    except (SettingsError, TargetError) as error:
+        raise AdapterError(f"the adapter does not fit this model: {error}") from error
+    try:
+        fill(file, tuned, name)
     except AdapterError:
         tuned.remove(name, then=before)
         raise
     return tuned
+
+
+def fill(file: AdapterFile, tuned: Tuned, name: str) -> None:
+    """Copy a read adapter's tensors into an adapter that `tuned` has already.
+
+    Raises:
+        AdapterError: a tensor has no place or the wrong shape; nothing is changed.
+    """
+    layout = tuned.adapter(name).method.traits.peft
+    keys = {_file_key(key, layout): key for key in tuned.state(name)}
+    tuned.load_state({keys.get(k, k): v for k, v in file.tensors.items()}, name)
 
 
 # -- keys and PEFT's configuration -------------------------------------------------------------------------------
@@ -160,12 +166,14 @@ def _config(tuned: Tuned, adapter: Adapter, copies: list[str], header: Mapping[s
         return {"pegbox": {k: header[k] for k in ("method", "settings", "also_train", "fingerprint")}} | {
             "base_model_name_or_path": header["base"]
         }
-    paths = [path_of(key) for key in adapter.grafts]
-    fields = {theirs: getattr(method, ours) for ours, theirs in layout.fields.items()}
     config = {"peft_type": layout.kind, "base_model_name_or_path": header["base"], "inference_mode": True}
-    if "" not in paths:  # a graft of the whole model has no module to target
-        config |= {"target_modules": paths, "modules_to_save": copies or None}
-    return config | fields | dict(layout.fixed) | method.peft_extra(tuned.model) | {"task_type": _task(tuned)}
+    if paths := [path_of(key) for key, graft in adapter.grafts.items() if list(graft.parameters())]:
+        config["target_modules"] = paths
+    if copies:
+        config["modules_to_save"] = copies
+    fields = {theirs: getattr(method, ours) for ours, theirs in layout.fields.items()}
+    extra = method.peft_extra(tuned.model) | {"task_type": _task(tuned)}
+    return config | fields | dict(layout.fixed) | dict(layout.marks) | extra
 
 
 def _recognise(config: Mapping[str, Any], methods: Iterable[type[Method]], folder: Path) -> type[Method]:
@@ -173,22 +181,57 @@ def _recognise(config: Mapping[str, Any], methods: Iterable[type[Method]], folde
     layouts = [(m, m.traits.peft) for m in methods if m.traits.peft]
     same = [(m, p) for m, p in layouts if p.kind == kind]
     if not same:
-        known = ", ".join(sorted({p.kind for _, p in layouts}))
+        known = ", ".join(sorted({p.kind for _, p in layouts})) or "none"
         raise AdapterError(f"{folder / CONFIG}: peft_type {kind!r} is no method here; known: {known}")
-    for method, layout in same:
-        wrong = [k for k, v in layout.fixed.items() if config.get(k, v) != v and (config.get(k) or v)]
-        if not wrong:
-            return method
-    raise AdapterError(f"{folder / CONFIG}: {', '.join(f'{k}={config.get(k)!r}' for k in wrong)} is not supported")
+    wrong = {method: _unfit(config, layout) for method, layout in same}
+    method = min(wrong, key=lambda m: len(wrong[m]))
+    if wrong[method]:
+        told = ", ".join(f"{k}={config.get(k)!r}" for k in wrong[method])
+        raise AdapterError(f"{folder / CONFIG}: {told} is not supported")
+    return method
 
 
-def _settings_from_peft(config: Mapping[str, Any], method: type[Method]) -> dict[str, Any]:
+def _unfit(config: Mapping[str, Any], layout: PeftLayout) -> list[str]:
+    """PEFT settings whose values are not this layout's; None, {} and False are one."""
+    marks = [k for k, v in layout.marks.items() if config.get(k) != v]
+    fixed = [k for k, v in layout.fixed.items() if config.get(k, v) != v and (config[k] or v)]
+    allowed = [k for k, values in layout.allowed.items() if k in config and config[k] not in values]
+    return [*marks, *fixed, *allowed]
+
+
+def _from_peft(config: Mapping[str, Any], method: type[Method], tensors: State) -> AdapterFile:
+    """PEFT's file as ours.  Targets are read off the tensors, since PEFT has several ways to write them."""
     layout = method.traits.peft
     assert layout is not None
     settings = {ours: config[theirs] for ours, theirs in layout.fields.items() if theirs in config}
-    if targets := config.get("target_modules"):
-        settings["targets"] = targets if isinstance(targets, str) else tuple(targets)
-    return settings
+    settings |= method.from_peft(config)
+    named = {key: _peft_path(key, layout.tensors.values()) for key in tensors}
+    if paths := sorted({path for path in named.values() if path}):
+        settings["targets"] = tuple(paths)
+    rest = [key.removeprefix(PEFT_ROOT) for key, path in named.items() if path is None]
+    return AdapterFile(
+        method=method.name(),
+        settings=settings,
+        also_train=_saved_modules(rest, config.get("modules_to_save") or ()),
+        base=config.get("base_model_name_or_path"),
+        fingerprint=None,
+        tensors=tensors,
+        extra={},
+    )
+
+
+def _peft_path(key: str, endings: Iterable[str]) -> str | None:
+    """The module that a key of PEFT's belongs to, '' for the whole model; None if it is no tensor of the method."""
+    if key in endings:
+        return ""
+    inside = key.removeprefix(PEFT_ROOT)
+    return next((inside.removesuffix(f".{end}") for end in endings if inside.endswith(f".{end}")), None)
+
+
+def _saved_modules(keys: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
+    """Paths of the modules that PEFT saved whole: `score` of `score.weight`, if it names `score`."""
+    paths = {m.group(1) for key in keys for n in names if (m := re.match(rf"((?:.+\.)?{re.escape(n)})\.", key))}
+    return tuple(sorted(paths))
 
 
 def _task(tuned: Tuned) -> str | None:
@@ -232,6 +275,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Any] | None, State]:
+    """The header, None where Pegbox wrote none, and the tensors."""
     if not path.is_file():
         raise AdapterError(f"{path.parent} holds no {TENSORS}")
     try:
@@ -242,4 +286,15 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any] | None, State]:
         raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
     if any(not torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
         raise AdapterError(f"{path} holds values that are not finite")
-    return json.loads(metadata["pegbox"]) if "pegbox" in metadata else None, tensors
+    return _read_header(path, metadata["pegbox"]) if "pegbox" in metadata else None, tensors
+
+
+def _read_header(path: Path, text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"{path} has a damaged header: {error}") from error
+    wrong = [k for k, kinds in HEADER.items() if not isinstance(header, dict) or not isinstance(header.get(k), kinds)]
+    if wrong:
+        raise AdapterError(f"{path} has a header of another form: {', '.join(wrong)} are missing or of another type")
+    return header | {"also_train": tuple(header["also_train"])}

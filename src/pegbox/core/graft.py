@@ -112,12 +112,12 @@ class CopyGraft(Graft):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.names = [name for name, _ in module.named_parameters()]
-        self.values = nn.ParameterList(nn.Parameter(p.detach().float().clone()) for p in module.parameters())
+        copies = {name: nn.Parameter(p.detach().float().clone()) for name, p in module.named_parameters()}
+        self.values = nn.ParameterDict({name.replace(".", "/"): p for name, p in copies.items()})
 
     def current(self) -> dict[str, Tensor]:
         """The copy, by the module's own parameter names."""
-        return dict(zip(self.names, self.values, strict=True))
+        return {name.replace("/", "."): value for name, value in self.values.items()}
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return base.site.run_whole(self.current(), *args, **kwargs)

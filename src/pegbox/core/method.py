@@ -54,13 +54,17 @@ class PeftLayout:
         kind: PEFT's `peft_type`.
         tensors: own parameter -> the end of PEFT's key.
         fields: own setting -> PEFT's.
-        fixed: PEFT settings that must hold for its equation to be this method's.
+        marks: PEFT settings that tell this method from others of its kind; a file without them is another's.
+        fixed: PEFT settings that must hold, where a file gives them, for its equation to be this method's.
+        allowed: PEFT settings that must be one of some values, where a file gives them.
     """
 
     kind: str
     tensors: Mapping[str, str]
     fields: Mapping[str, str] = field(default_factory=dict)
+    marks: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,12 @@ class Method:
         return None
 
     def peft_extra(self, model: nn.Module) -> dict[str, Any]:
-        """What HF PEFT's configuration needs beyond the settings, where it has the method."""
+        """What HF PEFT's configuration needs beyond `traits.peft`, where it has the method."""
+        return {}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that HF PEFT's configuration gives beyond `traits.peft.fields`; undoes `peft_extra`."""
         return {}
 
     def calibrate(self, tuned: Tuned, batches: Iterable[Mapping[str, Any]]) -> None:

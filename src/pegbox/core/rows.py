@@ -131,4 +131,7 @@ def _join(site: Site, outputs: list[Any], order: Tensor) -> Any:
         return tuple(_join(site, list(parts), order) for parts in zip(*outputs, strict=True))
     if first is None:
         return None
-    raise CannotMix(f"{site.path or 'the model'} returns {type(first).__name__}, which cannot be split by rows")
+    raise CannotMix(
+        f"{site.path or 'the model'} returns {type(first).__name__}, which cannot be split by rows; "
+        "where that is a cache, pass use_cache=False"
+    )

@@ -71,6 +71,8 @@ class Tuned(nn.Module):
         """
         check(method, what=method.name())
         self._check_alone(name, method)
+        if self._unmerged is not None:
+            raise MethodError(f"this model is merged; unmerge() before it is given another adapter, {name!r}")
         site_at = SiteAt(self.model, self._sites, self.context)
         try:
             adapter, grafts = adapters_.build(
@@ -95,7 +97,7 @@ class Tuned(nn.Module):
             trains = whole[0] if whole else name
             raise CannotMix(f"adapter {trains!r} trains the base's own tensors, so it shares the model with no other")
 
-    def remove(self, name: str, then: Plan | None = None) -> Self:
+    def remove(self, name: str, then: str | Plan | None = None) -> Self:
         """Drop an adapter; use `then`, or nothing."""
         self.adapter(name)
         for site in list(self._sites.values()):
@@ -106,6 +108,8 @@ class Tuned(nn.Module):
                 del self._sites[site.path]
         del self.adapters[name]
         self._plan = None
+        if not self.adapters:
+            self._restore_requires_grad()
         return self.use(then) if then else self
 
     def use(self, plan: str | Stack | Sum | Sequence[str]) -> Self:
@@ -158,8 +162,9 @@ class Tuned(nn.Module):
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        """The base's forward.  `labels` is named because trainers look for it in the signature."""
+        return self.model(*args, **kwargs) if labels is None else self.model(*args, labels=labels, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -226,6 +231,23 @@ class Tuned(nn.Module):
             group["names"].append(key)
         return list(grouped.values())
 
+    def extra_losses(self) -> dict[str, Tensor]:
+        """Terms of the loss beside the objective's, by name: of the methods, and what grafts left in the last forward.
+
+        The latter are handed out once.
+        """
+        terms = dict(self.context.losses)
+        self.context.losses.clear()
+        for name in self.active:
+            term = self.adapter(name).method.penalty(self)
+            if term is not None:
+                terms[f"penalty_{name}" if len(self.active) > 1 else "penalty"] = term
+        return terms
+
+    def penalty(self) -> Tensor | float:
+        """The sum of `extra_losses`, for a loop of one's own: `loss = model(**batch).loss + model.penalty()`."""
+        return sum(self.extra_losses().values(), start=0.0)
+
     def print_trainable_parameters(self) -> None:
         """One line: how many parameters train, of how many."""
         some, all_ = self.count()
@@ -268,12 +290,17 @@ class Tuned(nn.Module):
 
     def detach(self) -> nn.Module:
         """Take every graft off and give back the base, its tensors, flags and forwards as they were."""
+        if self._unmerged is not None:
+            self.unmerge()
         for site in self._sites.values():
             site.release()
         self._sites.clear()
+        self._restore_requires_grad()
+        return self.model
+
+    def _restore_requires_grad(self) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required.get(name, True))
-        return self.model
 
     @torch.no_grad()
     def merge(self) -> nn.Module:

@@ -43,11 +43,13 @@ class BAT(Method):
     traits: ClassVar[Traits] = Traits(
         seams=("weight",),
         card="bone",
+        linear=True,
         peft=PeftLayout(
             "MISS",
             tensors={"b": "miss_block"},
             fields={"rank": "r"},
-            fixed={"init_weights": "bat", "bias": "none", "miss_dropout": 0.0},
+            marks={"init_weights": "bat"},
+            fixed={"bias": "none", "miss_dropout": 0.0},
         ),
     )
 

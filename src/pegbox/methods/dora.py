@@ -67,7 +67,17 @@ class DoRA(Method):
             "LORA",
             tensors={"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"},
             fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"},
-            fixed={"use_dora": True, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False},
+            marks={"use_dora": True},
+            fixed={
+                "bias": "none",
+                "rank_pattern": {},
+                "alpha_pattern": {},
+                "lora_bias": False,
+                "layer_replication": None,
+                "target_parameters": None,
+                "trainable_token_indices": None,
+            },
+            allowed={"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")},
         ),
     )
 

@@ -59,6 +59,7 @@ class LoRA(Method):
                 "target_parameters": None,
                 "trainable_token_indices": None,
             },
+            allowed={"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")},  # others change the base
         ),
     )
 

@@ -13,8 +13,9 @@ code drops inputs before the shards are summed; so does this.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +58,19 @@ class MiSS(Method):
             tensors={"d": "miss_block"},
             fields={"rank": "r", "dropout": "miss_dropout"},
             fixed={"bias": "none"},
+            allowed={"init_weights": (True, False, "mini")},
         ),
     )
 
     def graft(self, site: Site, shared: nn.Module | None) -> MiSSGraft:
         return MiSSGraft(site, self)
+
+    def peft_extra(self, model: nn.Module) -> dict[str, Any]:
+        return {"init_weights": "mini", "mini_r": self.mini} if self.mini else {"init_weights": True}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {"mini": config["mini_r"]} if config.get("init_weights") == "mini" else {}
 
     def size(self, site: Site) -> int:
         return self.rank * (self.mini or site.shape[0])

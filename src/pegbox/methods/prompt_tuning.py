@@ -7,11 +7,13 @@ model has the shapes of the base.  Placeholder ids take the virtual tokens' plac
 its ids (padding, positions, the last token to classify) stays right; their embeddings are then replaced.
 
 p starts as embeddings of ids drawn from the vocabulary, the better of the paper's simple starts; HF PEFT's default is
-a normal draw.  An encoder-decoder gets its prompt before the encoder's tokens, as in the paper.
+a normal draw.  An encoder-decoder gets its prompt before the encoder's tokens, as in the paper, and its decoder
+attends to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,46 +25,60 @@ from pegbox.core.errors import ModelError
 
 
 class Prompt(nn.Module):
-    """The virtual tokens of one adapter, and whether the ids now under way have places for them."""
+    """The virtual tokens of one adapter, where they are to go in the ids now under way, and who attends to them."""
 
-    def __init__(self, start: Tensor, placeholder: int) -> None:
+    def __init__(self, start: Tensor, placeholder: int, decoder: str | None) -> None:
         super().__init__()
         self.prompt = nn.Parameter(start)  # (n, d)
-        self.placeholder, self.waiting = placeholder, False
+        self.placeholder, self.decoder = placeholder, decoder
+        self.at: int | None = None
 
 
 class InsertGraft(Graft):
-    """Around the whole model: makes room at the start of every row, and cuts the outputs there off."""
+    """Around the model, or its encoder: makes room at the start of every row, and cuts a model's outputs there off."""
 
-    def __init__(self, prompt: Prompt, decoder_only: bool) -> None:
+    def __init__(self, prompt: Prompt) -> None:
         super().__init__()
         self.owner = (prompt,)  # shared, so not registered here
-        self.decoder_only = decoder_only
 
-    def forward(self, base: Base, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        prompt = self.owner[0]
-        n, (batch, length) = len(prompt.prompt), input_ids.shape
-        if attention_mask is not None:
-            attention_mask = _prepend(attention_mask, 1, n)
-        if (positions := kwargs.get("position_ids")) is not None:
-            kwargs["position_ids"] = _shifted(positions, n)
-        past = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers renamed it in 5.24
-        if past is not None and past.get_seq_length():  # the prompt is in the cache already
+    def forward(
+        self, base: Base, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if input_ids is None:
+            raise ModelError("prompt_tuning puts its tokens before input_ids, and the model was called without any")
+        prompt, length = self.owner[0], input_ids.shape[1]
+        n = len(prompt.prompt)
+        packed = attention_mask is None
+        attention_mask = None if attention_mask is None else _prepend(attention_mask, 1, n)
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            kwargs["position_ids"] = _shifted(positions, n, packed)
+        if _cached(kwargs):  # the prompt is in the cache already
             return base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if positions is not None:
-            first = torch.arange(n, device=positions.device).expand(batch, n)
+            first = torch.arange(n, device=positions.device).expand(len(positions), n)
             kwargs["position_ids"] = torch.cat([first, kwargs["position_ids"]], dim=1)
         for name, value in (("token_type_ids", 0), ("labels", -100)):
             given = kwargs.get(name)
-            if given is not None and given.shape == input_ids.shape and (self.decoder_only or name != "labels"):
+            if given is not None and given.shape == input_ids.shape:
                 kwargs[name] = _prepend(given, value, n)
-        prompt.waiting = True
-        out = base(input_ids=_prepend(input_ids, prompt.placeholder, n), attention_mask=attention_mask, **kwargs)
-        return _cut(out, n, length)
+        self._take_place(base, n)
+        try:
+            out = base(input_ids=_prepend(input_ids, prompt.placeholder, n), attention_mask=attention_mask, **kwargs)
+        finally:
+            prompt.at = None
+        return out if prompt.decoder else _cut(out, n, length)
+
+    def _take_place(self, base: Base, n: int) -> None:
+        """At the very start; prompts of adapters stacked around this one move on."""
+        for graft in base.site.chain:
+            if isinstance(graft, InsertGraft) and graft.owner[0].at is not None:
+                graft.owner[0].at += n
+        self.owner[0].at = 0
 
 
 class ReplaceGraft(Graft):
-    """Around the embedding: puts the virtual tokens where the placeholders are."""
+    """Around the embedding: puts the virtual tokens where their placeholders are."""
 
     def __init__(self, prompt: Prompt) -> None:
         super().__init__()
@@ -70,12 +86,40 @@ class ReplaceGraft(Graft):
 
     def forward(self, base: Base, ids: Tensor) -> Tensor:  # (B, n + T) -> (B, n + T, d)
         embedded, prompt = base(ids), self.owner[0]
-        if not prompt.waiting:
+        if prompt.at is None:
             return embedded
-        prompt.waiting = False
-        n = len(prompt.prompt)
+        before, after = embedded[:, : prompt.at], embedded[:, prompt.at + len(prompt.prompt) :]
         virtual = prompt.prompt.to(embedded.dtype).expand(len(ids), -1, -1)
-        return torch.cat([virtual, embedded[:, n:]], dim=1)
+        return torch.cat([before, virtual, after], dim=1)
+
+
+class AttendGraft(Graft):
+    """Around a decoder: lets it attend to the virtual tokens among the encoder's outputs."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        super().__init__()
+        self.owner = (prompt,)
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("encoder_attention_mask")
+        if mask is not None:
+            kwargs["encoder_attention_mask"] = _prepend(mask, 1, len(self.owner[0].prompt))
+        return base(*args, **kwargs)
+
+
+class ApartGraft(Graft):
+    """Around an encoder-decoder: rows of different prompts run apart from here on, since their lengths differ."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        super().__init__()
+        self.owner = (prompt,)
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        out, n = base(*args, **kwargs), len(self.owner[0].prompt)
+        encoded = out.get("encoder_last_hidden_state")
+        if encoded is not None:
+            out["encoder_last_hidden_state"] = encoded[:, n:]
+        return out
 
 
 def _prepend(values: Tensor, value: int, n: int) -> Tensor:
@@ -84,10 +128,16 @@ def _prepend(values: Tensor, value: int, n: int) -> Tensor:
     return torch.cat([values.new_full((len(values), n), value), values], dim=1)
 
 
-def _shifted(positions: Tensor, n: int) -> Tensor:
-    if (positions.diff(dim=1) < 0).any():
+def _shifted(positions: Tensor, n: int, packed: bool) -> Tensor:
+    if packed and (positions.diff(dim=1) < 0).any():
         raise ModelError("prompt_tuning cannot put a prompt before each example of a packed row; turn packing off")
     return positions + n
+
+
+def _cached(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a key-value cache holds tokens; transformers calls it `cache`, before 5.20 `past_key_values`."""
+    caches = [kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
+    return any(cache.get_seq_length() for cache in caches)
 
 
 def _cut(out: Any, n: int, length: int) -> Any:
@@ -117,30 +167,35 @@ class PromptTuning(Method):
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
 
     def sites(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
-        return ["", super().sites(model, anatomy)[0]]
+        embed = super().sites(model, anatomy)[0]
+        return ["", *_stacks(model), embed]
 
     def shared(self, model: nn.Module, anatomy: Anatomy) -> Prompt:
-        table: Tensor = model.get_submodule(self.sites(model, anatomy)[1]).weight  # type: ignore[assignment]
+        table: Tensor = model.get_submodule(self.sites(model, anatomy)[-1]).weight  # type: ignore[assignment]
         rows, width = table.shape
         if self.start == "random":
             start = torch.randn(self.tokens, width)
         else:
             start = table[torch.randint(rows, (self.tokens,)).to(table.device)].detach().float().clone()
         pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-        return Prompt(start.to(table.device), placeholder=1 if pad == 0 else 0)
+        decoder = _stacks(model)[-1] if _stacks(model) else None
+        return Prompt(start.to(table.device), placeholder=1 if pad == 0 else 0, decoder=decoder)
 
     def graft(self, site: Site, shared: nn.Module | None) -> Graft:
         assert isinstance(shared, Prompt)
-        if site.path:
+        if isinstance(site.module, nn.Embedding):
             return ReplaceGraft(shared)
-        config = getattr(site.module, "config", None)
-        return InsertGraft(shared, decoder_only=not getattr(config, "is_encoder_decoder", False))
+        if site.path == shared.decoder:
+            return AttendGraft(shared)
+        return ApartGraft(shared) if shared.decoder and site.path == "" else InsertGraft(shared)
 
     def size(self, site: Site) -> int:
-        return 0 if site.path == "" else self.tokens * site.shape[1]
+        return self.tokens * site.shape[1] if isinstance(site.module, nn.Embedding) else 0
 
     def peft_extra(self, model: nn.Module) -> dict[str, Any]:
-        config: Any = model.config
+        config: Any = getattr(model, "config", None)
+        if config is None:
+            return {}
         return {
             "token_dim": config.hidden_size,
             "num_layers": config.num_hidden_layers,
@@ -148,3 +203,11 @@ class PromptTuning(Method):
             "num_transformer_submodules": 1,
             "prompt_tuning_init": "RANDOM",
         }
+
+
+def _stacks(model: Any) -> list[str]:
+    """Paths of encoder and decoder, where the model has both."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return []
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [paths[id(model.get_encoder())], paths[id(model.get_decoder())]]
