@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pegbox.core.adapter import seeded
 from pegbox.core.cross_entropy import (
     CHUNK_BYTES,
     LogitRule,
@@ -251,7 +252,7 @@ def _prove(base: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> Logit
         return planted[-1]
 
     try:
-        with torch.no_grad(), _evaluating(base), replaced(head, plant):
+        with torch.no_grad(), _evaluating(base), seeded(0, "proof"), replaced(head, plant):
             logits = logits_of(base(**_first_tokens(inputs)))
     except (ModelError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         return f"a few tokens alone fail ({type(error).__name__}: {error})"
@@ -294,7 +295,7 @@ def _first_tokens(inputs: Mapping[str, Any], tokens: int = 4) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no dropout draws a number and no statistic moves."""
+    """Inside, no dropout of the base draws a number and no statistic moves."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

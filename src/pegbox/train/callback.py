@@ -1,0 +1,142 @@
+"""Any method of Pegbox in a plain HF Trainer, a TRL trainer, or a loop of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pegbox.core import Method, Tuned
+from pegbox.core.errors import MethodError
+from pegbox.core.headless import unwrap
+from pegbox.train.own_state import only_adapters
+from pegbox.train.reentrant import is_reentrant, require_input_grads
+
+
+class Callback(TrainerCallback):
+    """Lets the methods of a tuned model act between steps, and saves its adapters.
+
+        trainer = transformers.Trainer(model=tuned, callbacks=[pegbox.Callback(tuned)], ...)
+
+    Each checkpoint, and at the end the output folder, gets the adapter; the frozen base is left out of what the
+    trainer itself writes.  In such a trainer a method's penalty and its own optimizer do not act by themselves: add
+    `tuned.penalty()` to the loss and pass `optimizers=(torch.optim.AdamW(tuned.groups(lr)), None)`, or use
+    `pegbox.Trainer`, which does both.  In a loop of one's own:
+
+        acts = pegbox.Callback(tuned)
+        for step, batch in enumerate(batches):
+            acts.before_step(step, steps)
+            (tuned(**batch).loss + tuned.penalty()).backward()
+            optimizer.step()
+            acts.after_step(step, steps)
+            optimizer.zero_grad()
+
+    Args:
+        tuned: the model that the trainer trains.
+        save: False leaves saving to the trainer.
+    """
+
+    def __init__(self, tuned: Tuned, *, save: bool = True) -> None:
+        self.tuned, self.save = tuned, save
+        self._calibrated = False
+        self._reentrant: RemovableHandle | None = None
+        if save:
+            only_adapters(tuned)
+
+    # -- the verbs, for a loop of one's own ------------------------------------------------------------------------
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods of the adapters in use."""
+        return [self.tuned.adapter(name).method for name in self.tuned.active]
+
+    def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Let methods look at data; before an optimizer is made, since they may choose what trains."""
+        for method in self.methods:
+            method.calibrate(self.tuned, batches)
+        self._calibrated = True
+
+    def before_step(self, step: int, steps: int) -> None:
+        """Before the forward of optimizer step `step` (from 0) of `steps`."""
+        for method in self.methods:
+            method.before_step(self.tuned, step, steps)
+
+    def after_step(self, step: int, steps: int) -> None:
+        """After optimizer step `step`; the gradients are still there."""
+        for method in self.methods:
+            method.after_step(self.tuned, step, steps)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a method in use looks at data before training, and has not yet."""
+        return not self._calibrated and any(type(m).calibrate is not Method.calibrate for m in self.methods)
+
+    def close(self) -> None:
+        """Take off what training put on the model."""
+        if self._reentrant is not None:
+            self._reentrant.remove()
+            self._reentrant = None
+
+    # -- the trainer's events ----------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if unwrap(model) is not self.tuned.model or model is self.tuned.model:
+            raise MethodError(
+                f"the trainer trains {type(model).__name__}, not the tuned model of this callback; pass model=tuned"
+            )
+        # the trainer would keep the columns that Tuned.forward names, which are none but the labels
+        args.remove_unused_columns = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.needs_data and not state.global_step:
+            names = ", ".join(m.name() for m in self.methods)
+            raise MethodError(
+                f"{names} looks at data before training: call calibrate(batches) on this callback before the trainer "
+                "is made, or use pegbox.Trainer"
+            )
+        if is_reentrant(args):
+            self._reentrant = require_input_grads(self.tuned.model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.before_step(state.global_step, state.max_steps)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.after_step(state.global_step, state.max_steps)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.save and state.is_world_process_zero:
+            assert args.output_dir is not None
+            save_adapters(self.tuned, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+        if self.save and state.is_world_process_zero:
+            assert args.output_dir is not None
+            save_adapters(self.tuned, Path(args.output_dir))
+
+
+def save_adapters(tuned: Tuned, folder: Path, **extra: Any) -> None:
+    """Write the adapters in use: into `folder`, or, where they are several, each into a folder of its name there."""
+    from pegbox.core.files import save
+
+    for name, place in places(tuned, folder).items():
+        save(tuned, place, name, **extra)
+
+
+def places(tuned: Tuned, folder: Path) -> dict[str, Path]:
+    """The adapters in use, and the folder of each beneath `folder`."""
+    lone = len(tuned.active) == 1
+    return {name: folder if lone else folder / name for name in tuned.active}

@@ -1,0 +1,50 @@
+"""What decides the bits of a training run, by the names that users know it by."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from pegbox.objectives.objective import Objective
+
+if TYPE_CHECKING:
+    from pegbox.train.trainer import Trainer
+
+# our name -> that of transformers' TrainingArguments
+ARGUMENTS = {
+    "learning_rate": "learning_rate",
+    "schedule": "lr_scheduler_type",
+    "schedule_settings": "lr_scheduler_kwargs",
+    "warmup": "warmup_steps",
+    "epochs": "num_train_epochs",
+    "max_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "processes": "world_size",
+    "optimizer": "optim",
+    "optimizer_settings": "optim_args",
+    "adam_beta1": "adam_beta1",
+    "adam_beta2": "adam_beta2",
+    "adam_epsilon": "adam_epsilon",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "label_smoothing": "label_smoothing_factor",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "sampling": "train_sampling_strategy",
+    "seed": "seed",
+}
+
+
+def identity(trainer: Trainer) -> dict[str, Any]:
+    """Methods with their settings, objective, and every argument that bears on the numbers."""
+    args, objective = trainer.args, trainer.objective
+    out: dict[str, Any] = {}
+    for name in trainer.tuned.active:
+        method = trainer.tuned.adapter(name).method
+        prefix = "" if len(trainer.tuned.active) == 1 else f"{name}."
+        out[f"{prefix}method"] = method.name()
+        out |= {f"{prefix}method.{key}": value for key, value in dataclasses.asdict(method).items()}
+    out["objective"] = objective.name if isinstance(objective, Objective) else getattr(objective, "__name__", "")
+    values = {ours: getattr(args, theirs) for ours, theirs in ARGUMENTS.items()}
+    return out | {key: str(value) if isinstance(value, str) else value for key, value in values.items()}

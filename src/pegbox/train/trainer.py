@@ -1,0 +1,295 @@
+"""`transformers.Trainer` for tuned models: its loop, launchers, precision and trackers, with few overrides."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput
+
+from pegbox import methods, objectives
+from pegbox.core import Tuned, files
+from pegbox.core.errors import AdapterError, CannotMix, SettingsError
+from pegbox.core.headless import unwrap
+from pegbox.objectives.batch import READ_HERE
+from pegbox.objectives.objective import Batch, Losses, Objective
+from pegbox.train import checkpoint as checkpoints
+from pegbox.train.callback import Callback, places, save_adapters
+from pegbox.train.evaluation import Measure, evaluate
+from pegbox.train.identity import identity
+from pegbox.train.sampler import SimilarLengths
+
+Loss = Callable[..., Losses]
+
+
+class Trainer(transformers.Trainer):
+    """Trains a tuned model on an objective.
+
+        trainer = pegbox.Trainer(tuned, "sft", TrainingArguments("out"), train_dataset=rows, data_collator=collate)
+        trainer.train(resume_from_checkpoint="auto")
+
+    The loss is the sum of the objective's terms, exact over accumulated and distributed batches of unequal sizes, and
+    of the method's own.  Parameters train with their groups' learning rates (`tuned.groups`), by the method's own
+    optimizer where it has one.  Checkpoints hold the adapter, not the base, are whole or not there, and resume to the
+    same bits.
+
+    Args:
+        tuned: with the adapters to train in use.
+        objective: a name of `pegbox.objectives`, an `Objective`, or a function (model, batch) to named losses, each a
+            mean over the batch.
+        args: as for `transformers.Trainer`.
+        data_collator: makes a batch of rows, as those of `pegbox.data.collate`.
+        metrics: predictions of the evaluation set to numbers, beside those of the objective.
+        objective_options: passed to the objective, `{"label_smoothing": 0.1}`.
+        extra: plain values kept with the adapter, `{"labels": [...]}`.
+        facts: what else a resumed run must have in common with this one, `{"data": hash}`.
+        kwargs: of `transformers.Trainer`.
+
+    Raises:
+        SettingsError: an unknown objective.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        tuned: Tuned,
+        objective: str | Objective | Loss = "sft",
+        args: TrainingArguments | None = None,
+        *,
+        metrics: Measure | None = None,
+        objective_options: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.tuned, self.metrics = tuned, metrics
+        self.objective: Objective | Loss = objectives.get(objective) if isinstance(objective, str) else objective
+        args = args or TrainingArguments("trainer_output")
+        self.objective_options = dict(objective_options or {}) | _smoothing(args)
+        self.extra, self.facts = dict(extra or {}), dict(facts or {})
+        self._acts = Callback(tuned, save=False)
+        self._terms: dict[str, Tensor] = {}  # sums of the named losses since the last line of the log
+        self._logged_at = 0
+        self._staging: Path | None = None
+        self._wanted_cache = getattr(tuned.config, "use_cache", None) if hasattr(tuned, "config") else None
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = not args.gradient_checkpointing
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # nn.DataParallel copies modules, which grafts do not follow
+        others = [c for c in callbacks if not isinstance(c, Callback)]
+        super().__init__(tuned, args, callbacks=[self._acts, _Progress(self), *others], **kwargs)
+        self.model_accepts_loss_kwargs = True
+        self._signature_columns: list[str] | None = [
+            *inspect.signature(type(unwrap(tuned)).forward).parameters,
+            *READ_HERE,
+        ]
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = self.tuned.groups(self.args.learning_rate, self.args.weight_decay)
+            self.optimizer = self._own_optimizer(groups)
+        if self.optimizer is None:
+            cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.tuned)  # type: ignore[arg-type]
+            self.optimizer = cls(groups, **settings)
+        return self.optimizer
+
+    def _own_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+        made = [m.optimizer(groups) for m in self._acts.methods]
+        own = [optimizer for optimizer in made if optimizer is not None]
+        if own and len(made) > 1:
+            raise CannotMix("a method with an optimizer of its own trains alone; use one adapter")
+        return own[0] if own else None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | None]:
+        """The batches of one optimizer step, and what their loss is a mean over, in all processes."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches or not isinstance(self.objective, Objective):
+            return batches, None
+        counts = [self.objective.count(batch, **self.objective_options) for batch in batches]
+        items = self.accelerator.reduce(torch.stack(counts).sum().to(device), "sum")
+        return batches, torch.where(items == 0, torch.ones_like(items), items)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one batch, scaled so that those of a step add up to the loss of the step."""
+        batches = self.current_gradient_accumulation_steps
+        if isinstance(self.objective, Objective) and num_items_in_batch is not None:
+            terms = self.objective(model, inputs, num_items=num_items_in_batch, **self.objective_options)
+            terms = {name: term * self.accelerator.num_processes for name, term in terms.items()}
+        else:
+            terms = self.objective(model, inputs, **self.objective_options)
+            terms = {name: term / batches for name, term in terms.items()}
+        terms |= {name: term / batches for name, term in self.tuned.extra_losses().items()}
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + term.detach()
+        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Each named loss beside their sum, where there are several."""
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - self._logged_at)
+            if len(self._terms) > 1:
+                means = {name: self.accelerator.reduce(term, "mean") / steps for name, term in self._terms.items()}
+                logs |= {f"loss_{name}": float(mean) for name, mean in means.items()}
+            self._terms, self._logged_at = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    # -- training and evaluation -------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As `transformers.Trainer.train`; `"auto"` or True goes on from the last complete checkpoint, if any.
+
+        Raises:
+            SettingsError: an incomplete checkpoint, or one of a run with other settings or data.
+        """
+        found = self._found(resume_from_checkpoint)
+        if found is not None:
+            self._check_same(found)
+        elif self._acts.needs_data:
+            self._acts.calibrate(self._prepare_inputs(batch) for batch in self.get_train_dataloader())
+        self._terms, self._logged_at = {}, 0
+        try:
+            return super().train(resume_from_checkpoint=None if found is None else str(found), **kwargs)
+        finally:
+            self._acts.close()
+            if self._wanted_cache is not None:
+                self.tuned.config.use_cache = self._wanted_cache
+
+    def _found(self, wanted: str | bool | None) -> Path | None:
+        if wanted in (None, False):
+            return None
+        if wanted in (True, "auto"):
+            return checkpoints.last_complete(Path(str(self.args.output_dir)))
+        return Path(str(wanted))
+
+    def _check_same(self, folder: Path) -> None:
+        made = checkpoints.read_seal(folder)["identity"]
+        differs = checkpoints.difference(made, self.identity())
+        if differs:
+            raise SettingsError(
+                f"{folder} was made by another run: {differs}; give the settings it was made with, or another output"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bits of this run; a checkpoint is resumed only by a run that has the same."""
+        return identity(self) | self.facts
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """See `pegbox.train.evaluation`."""
+        self.callback_handler.eval_dataloader = dataloader
+        return evaluate(self, dataloader, metric_key_prefix)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Sequence):
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return SimilarLengths([len(row) for row in rows], size, self.args.seed)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapters in use; the base is not written."""
+        if self.args.should_save:
+            save_adapters(self.tuned, Path(output_dir or str(self.args.output_dir)), **self.extra)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Into another folder first; renamed when complete."""
+        output, name = Path(self._get_output_dir(trial)), f"{checkpoints.PREFIX}{self.state.global_step}"
+        if self.args.should_save:
+            self._staging = checkpoints.staging(output)
+        self._staging = output / checkpoints.UNFINISHED
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging, self.args.save_total_limit = None, limit
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(output / f"{checkpoints.PREFIX}{self.state.best_global_step}")
+        if self.args.should_save:
+            folder = output / checkpoints.UNFINISHED / name
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            checkpoints.seal(folder, output, {"identity": self.identity(), "progress": self._progress()})
+            os.rmdir(output / checkpoints.UNFINISHED)
+            checkpoints.rotate(output, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _progress(self) -> dict[str, Any]:
+        """What has been summed up since the last line of the log; a float's digits are exact."""
+        terms = {name: float(term) for name, term in self._terms.items()}
+        return {"loss": self._tr_loss.item(), "terms": terms, "logged_at": self._globalstep_last_logged}
+
+    def _restore_progress(self, folder: Path) -> None:
+        progress = checkpoints.read_seal(folder)["progress"]
+        device = self.args.device
+        self._tr_loss = torch.tensor(progress["loss"], device=device)
+        self._total_loss_scalar = -progress["loss"]  # the mean over this call's steps leaves out earlier ones
+        self._terms = {name: torch.tensor(value, device=device) for name, value in progress["terms"].items()}
+        self._globalstep_last_logged = self._logged_at = progress["logged_at"]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._resumed = Path(resume_from_checkpoint)
+        self._load_adapters(self._resumed)
+
+    def _load_best_model(self) -> None:
+        self._load_adapters(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_adapters(self, folder: Path) -> None:
+        for name, place in places(self.tuned, folder).items():
+            file = files.read(place, methods.catalogue().values())
+            mine = self.tuned.adapter(name).method
+            if file.method != mine.name():
+                raise AdapterError(f"{place} holds a {file.method} adapter, this run trains {mine.name()}")
+            files.fill(file, self.tuned, name)
+
+    _resumed: Path | None = None
+
+
+class _Progress(TrainerCallback):
+    """Takes up the sums of the interrupted run once the loop has set them to zero."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._resumed is not None:
+            self.trainer._restore_progress(self.trainer._resumed)
+            self.trainer._resumed = None
+
+
+def _smoothing(args: TrainingArguments) -> dict[str, float]:
+    return {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
