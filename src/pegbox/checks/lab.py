@@ -20,7 +20,8 @@ from pegbox.core.errors import PegboxError
 from pegbox.core.method import Method
 from pegbox.core.tuned import Tuned
 
-FP32, BF16 = 1e-5, 1e-2  # largest difference of outputs, relative to the largest output
+FP32 = 1e-5  # largest difference, relative to the largest value
+BF16 = 1e-2  # norm of the difference, relative to the norm
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,15 @@ class Lab:
     def batch(self, seed: int = 0) -> Batch:
         return self.family.batch(seed)
 
-    def inputs(self, seed: int = 0) -> Batch:
-        return inputs(self.family.batch(seed))
+    def inputs(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
+        """A batch without its labels; `dtype` is of what is no id."""
+        batch = inputs(self.family.batch(seed))
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
     @torch.no_grad()
     def output(self, model: nn.Module, seed: int = 0) -> Tensor:
         """The logits for one batch."""
-        return logits(model(**self.inputs(seed)))
+        return logits(model(**self.inputs(seed, next(model.parameters()).dtype)))
 
     def loss(self, model: nn.Module, seed: int = 0) -> Tensor:
         return self.family.loss(model, seed)
@@ -154,6 +157,13 @@ def require_close(have: Tensor, want: Tensor, what: str, tolerance: float = FP32
     allowed = tolerance * max(1.0, float(want.abs().max()))
     distance = _distance(have, want)
     require(distance <= allowed, f"{what}: differs by {distance:.1e}, allowed are {allowed:.1e}")
+
+
+def require_near(have: Tensor, want: Tensor, what: str, tolerance: float = BF16) -> None:
+    """Within a share of the norm."""
+    require(have.shape == want.shape, f"{what}: shape {tuple(have.shape)} instead of {tuple(want.shape)}")
+    distance = float((have.float() - want.float()).norm() / want.float().norm())
+    require(distance <= tolerance, f"{what}: differs by {distance:.1e} of its norm, allowed are {tolerance:.1e}")
 
 
 def require_different(have: Tensor, other: Tensor, what: str, at_least: float = 1e-3) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pegbox.checks.check import check, require
-from pegbox.checks.lab import BF16, Lab, bits, logits, require_close, require_equal, require_raises, require_same_bits
+from pegbox.checks.lab import Lab, bits, require_close, require_equal, require_near, require_raises, require_same_bits
 from pegbox.checks.when import cannot_merge, keeps_base, maps_weights, merges
 from pegbox.core.errors import CannotMerge, MethodError
 
@@ -25,23 +25,16 @@ def merged_equals_forward(lab: Lab) -> None:
     require_close(lab.output(merged), want, "the merged model")
 
 
-@check(merges)
+@check(merges, keeps_base)
 def merged_equals_forward_in_bf16(lab: Lab) -> None:
-    """On a bfloat16 base the merged weights are bfloat16 and give the adapter's outputs (1e-2)."""
+    """On a bfloat16 base, before and after merging, outputs are those of float32 arithmetic (1e-2 of their norm)."""
+    want = lab.output(lab.shaken(lab.model().bfloat16().float(), size=0.05))
     tuned = lab.shaken(lab.model().bfloat16(), size=0.05)
-    want = _bf16_output(lab, tuned)
+    require_near(lab.output(tuned), want, "the adapter on a bfloat16 base")
     merged = tuned.merge()
     kinds = {p.dtype for p in merged.parameters()}
     require(kinds == {torch.bfloat16}, f"merged weights are {kinds}")
-    have = _bf16_output(lab, merged)
-    distance = float((have.float() - want.float()).norm() / want.float().norm())
-    require(distance <= BF16, f"outputs of the merged model differ by {distance:.1e} of their norm, allowed are {BF16}")
-
-
-@torch.no_grad()
-def _bf16_output(lab: Lab, model: nn.Module) -> torch.Tensor:
-    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in lab.inputs().items()}
-    return logits(model(**batch))
+    require_near(lab.output(merged), want, "the merged model")
 
 
 @check(cannot_merge)

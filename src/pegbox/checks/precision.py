@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pegbox.checks.check import check, require
-from pegbox.checks.lab import Lab, logits, require_close
-from pegbox.checks.models import inputs
-
-LOOSE = 0.1  # bfloat16 has 8 bits; outputs of two blocks against float32
-
-
-def half_inputs(lab: Lab) -> dict[str, Tensor]:
-    """A batch in bfloat16."""
-    return {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs(lab.batch()).items()}
+from pegbox.checks.lab import BF16, Lab, logits, require_near
 
 
 @check(on="all")
 def masters_stay_float32(lab: Lab) -> None:
     """On a bfloat16 base outputs are bfloat16; the adapter's tensors, and their gradients, stay float32."""
-    want = lab.output(lab.shaken())
+    want = lab.output(lab.shaken(lab.model().bfloat16().float()))
     tuned = lab.shaken(lab.model().bfloat16())
-    out = logits(tuned(**half_inputs(lab)))
+    out = logits(tuned(**lab.inputs(dtype=torch.bfloat16)))
     require(out.dtype == torch.bfloat16, f"outputs are {out.dtype}")
-    require_close(out.detach().float(), want, "the bfloat16 model", LOOSE)
+    require_near(out.detach(), want, "the bfloat16 model", 3 * BF16)
     _require_float32(tuned, "on a bfloat16 base")
     out.float().square().mean().backward()
     kinds = {str(p.grad.dtype) for p in tuned.adapter().own().values() if p.grad is not None}

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pegbox.core.method import Anatomy, Method, PeftLayout, Traits
     from pegbox.core.settings import setting
     from pegbox.core.site import Base, Site
-    from pegbox.core.tuned import Tuned
+    from pegbox.core.tokens import VirtualTokens, token_graft, token_sites
+from pegbox.core.tuned import Tuned
 
 _FILES = {
     "compose": ("Stack", "Sum"),
@@ -45,10 +46,13 @@ __all__ = [
     "Sum",
     "Traits",
     "Tuned",
+    "VirtualTokens",
     "WeightGraft",
     "low_rank_pair",
     "rescale",
     "setting",
+    "token_graft",
+    "token_sites",
 ]
 
 
