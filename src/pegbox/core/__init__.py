@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pegbox.core.settings import setting
     from pegbox.core.site import Base, Site
     from pegbox.core.tokens import VirtualTokens, token_graft, token_sites
-from pegbox.core.tuned import Tuned
+    from pegbox.core.tuned import Tuned
 
 _FILES = {
     "compose": ("Stack", "Sum"),
@@ -27,6 +27,7 @@ _FILES = {
     "method": ("Anatomy", "Method", "PeftLayout", "Traits"),
     "settings": ("setting",),
     "site": ("Base", "Site"),
+    "tokens": ("VirtualTokens", "token_graft", "token_sites"),
     "tuned": ("Tuned",),
 }
 _WHERE = {name: file for file, names in _FILES.items() for name in names}
