@@ -68,7 +68,7 @@ def test_long_rows_are_cut_to_what_the_model_holds() -> None:
 def test_what_cannot_be_probed_is_an_error() -> None:
     with pytest.raises(DataError, match="row 1 is text, and there is no tokenizer"):
         probes(tiny.llama(), None, ["a text"])
-    with pytest.raises(DataError, match="row 1 has none of text, tokens, messages.*it has: label"):
+    with pytest.raises(DataError, match=r"row 1 has none of text, tokens, messages.*it has: label"):
         probes(tiny.llama(), tiny.tokenizer(), [{"label": 1}])
     with pytest.raises(ModelError, match="token id 300, and the model's embedding has 264 rows"):
         probes(tiny.llama(), None, [{"input_ids": [1, 300]}])
