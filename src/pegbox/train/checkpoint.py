@@ -61,7 +61,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
     fault = incomplete(folder)
     if fault:
         raise SettingsError(f"{folder} is no complete checkpoint: {fault}")
-    return json.loads((folder / SEAL).read_text())  # type: ignore[no-any-return]
+    return json.loads((folder / SEAL).read_text())
 
 
 def incomplete(folder: Path) -> str | None:

@@ -26,12 +26,12 @@ def evaluate(trainer: Trainer, batches: Iterable[Batch], prefix: str) -> EvalLoo
     Metrics are `PREFIX_NAME`; `PREFIX_loss` is the objective's loss, a mean over the set, without label smoothing.
     With several processes, rows that fill up the last batch are counted where predictions are one a token.
     """
-    model = trainer.model
+    model: Any = trainer.model
     model.eval()
     objective, kept = trainer.objective, []
     total = torch.zeros(2, dtype=torch.float64)  # the sum of losses, and what it is a mean over
     for inputs in batches:
-        batch = trainer._prepare_inputs(inputs)
+        batch = trainer._prepare_inputs(dict(inputs))
         with trainer.accelerator.autocast():
             if isinstance(objective, Objective):
                 kept.append(_gathered(trainer, objective.predict(model, batch), _rows(batch)))
@@ -47,7 +47,8 @@ def evaluate(trainer: Trainer, batches: Iterable[Batch], prefix: str) -> EvalLoo
         total = sum(gather_object([total]), torch.zeros(2, dtype=torch.float64))
         metrics["loss"] = float(total[0] / total[1])
     named = {f"{prefix}_{key}": value for key, value in metrics.items()}
-    return EvalLoopOutput(predictions, predictions.get("labels"), named, len(next(iter(predictions.values()), ())))
+    found: Any = predictions
+    return EvalLoopOutput(found, found.get("labels"), named, len(next(iter(predictions.values()), ())))
 
 
 def _metrics(objective: Any, own: Measure | None, predictions: Predictions) -> dict[str, float]:

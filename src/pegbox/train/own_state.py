@@ -13,7 +13,7 @@ BASE = "model."  # prefix of the base's keys in a tuned model's state dict
 
 def only_adapters(tuned: Tuned) -> None:
     """From now on, saving the state dict leaves the frozen base out, and loading one does not miss it."""
-    tuned.register_state_dict_post_hook(_drop_base)  # type: ignore[no-untyped-call]
+    tuned.register_state_dict_post_hook(_drop_base)
     tuned.register_load_state_dict_post_hook(_expect_no_base)
 
 

@@ -62,6 +62,7 @@ class RunSettings:
     logging_steps: int = setting(10, "log every so many steps", at_least=1)
     report_to: str | tuple[str, ...] = setting("none", "trackers, by transformers' names: tensorboard, wandb, ...")
     seed: int = setting(42, "of everything that is drawn", at_least=0)
+    dry_run: bool = setting(False, "prepare everything, show the plan, and stop before training")
     args: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "other transformers TrainingArguments"})
 
 

