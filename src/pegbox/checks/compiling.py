@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,9 @@ def compiles_whole(lab: Lab) -> None:
     want, gradients = _run(lab, tuned, tuned)
     torch._dynamo.reset()
     try:
-        out, have = _run(lab, tuned, torch.compile(tuned, fullgraph=True, backend="eager"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about its own internals
+            out, have = _run(lab, tuned, torch.compile(tuned, fullgraph=True, backend="eager"))
     finally:
         torch._dynamo.reset()
     require_close(out, want, "the compiled model")

@@ -91,11 +91,17 @@ def recomputation_keeps_gradients(lab: Lab) -> None:
 
 
 def _recomputed(lab: Lab, tuned: Tuned, reentrant: bool) -> dict[str, Tensor]:
-    tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model, calls = tuned.model, []
+    first = next(m for m in model.get_submodule(tuned.anatomy.blocks[0]).modules() if not list(m.children()))
+    first.register_forward_pre_hook(lambda *_: calls.append(1))
+    # the second is what transformers called it at first
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})  # type: ignore[operator]
     if reentrant:  # only inputs that ask for gradients make it run backwards
-        tuned.model.get_submodule(tuned.anatomy.role("embed")[0]).register_forward_hook(_ask_for_gradients)
-    require(bool(tuned.is_gradient_checkpointing), f"{lab.family.name} does not recompute")
-    return lab.gradients(tuned)
+        model.get_submodule(tuned.anatomy.role("embed")[0]).register_forward_hook(_ask_for_gradients)
+    gradients = lab.gradients(tuned)
+    require(len(calls) == 2, f"a block ran {len(calls)} times, with checkpointing it runs twice")
+    return gradients
 
 
 def _ask_for_gradients(module: Any, args: Any, output: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from pegbox.checks.check import check, require
 from pegbox.checks.lab import Lab, bits, require_equal, require_raises, require_same_bits, require_untouched
 from pegbox.checks.when import keeps_base, moves_base
 from pegbox.core.errors import CannotDisable
+from pegbox.core.tuned import Tuned
 
 
 @check(keeps_base, on="all")
@@ -72,6 +75,27 @@ def disabled_costs_nothing(lab: Lab) -> None:
     require(not called, f"{len(called)} grafts were called, the first at {called[:1]}")
     lab.output(tuned)
     require(bool(called), "no graft is called when the adapter is enabled either")
+
+
+@check(on="all")
+def hooks_run_as_on_the_base(lab: Lab) -> None:
+    """Hooks that a user has put on the modules run as often, in every forward, as they do on the base."""
+    paths = list(lab.tuned().sites)
+    require(_hooked(lab, lab.tuned(), paths) == _hooked(lab, lab.model(), paths), "hooks run more or less often")
+
+
+def _hooked(lab: Lab, model: nn.Module, paths: list[str]) -> dict[str, int]:
+    """How often a hook on each module is called in one forward."""
+    base: nn.Module = model.model if isinstance(model, Tuned) else model
+    called = dict.fromkeys(paths, 0)
+    for path in paths:
+
+        def note(*_: Any, path: str = path) -> None:
+            called[path] += 1
+
+        base.get_submodule(path).register_forward_hook(note)
+    lab.output(model)
+    return called
 
 
 @check(moves_base)

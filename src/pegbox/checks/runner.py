@@ -119,7 +119,8 @@ def _failure(trial: Trial) -> str | None:
         except CheckFailed as failed:
             return str(failed)
         except Exception as error:  # whatever a method raises is a failure of the check, never of the run
-            return f"{type(error).__name__}: {error} ({_where(error)})"
+            first = str(error).partition("\n")[0]
+            return f"{type(error).__name__}: {first} ({_where(error)})"
     return None
 
 

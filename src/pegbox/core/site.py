@@ -8,7 +8,7 @@ of the module's `forward`, and each graft is called with a `Base` that stands fo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +47,7 @@ class Site:
         self.gathered: tuple[Any, tuple[Tensor, Tensor]] | None = None  # factors by row, kept by rows.py
         self.original = module.forward
         self._patched_before = module.__dict__.get("forward")  # another library's patch, to put back
-        self._running_bare = False
+        self._bare = _Bare(module, module.forward)
         self.__signature__ = inspect.signature(module.forward)  # what generate and trainers inspect
         module.forward = self
         self._guard: RemovableHandle | None = None
@@ -61,7 +61,7 @@ class Site:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the module's forward."""
-        if self._running_bare or self.context.bare:
+        if self.context.bare:
             return self.original(*args, **kwargs)
         if self.context.rows is not None:
             from pegbox.core.rows import run_rows
@@ -117,11 +117,7 @@ class Site:
 
     def run_whole(self, parameters: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The bare module with other parameters, its children's too, by dotted name and in the module's own layout."""
-        self._running_bare = True
-        try:
-            return functional_call(self.module, dict(parameters), args, kwargs)
-        finally:
-            self._running_bare = False
+        return functional_call(self._bare, {f"module.{name}": v for name, v in parameters.items()}, args, kwargs)
 
     @property
     def is_linear(self) -> bool:
@@ -141,6 +137,17 @@ class Site:
 
 def _nothing(module: nn.Module, args: Any) -> None:
     pass
+
+
+class _Bare(nn.Module):
+    """A module by its own forward: without its hooks, which have run already, and without grafts."""
+
+    def __init__(self, module: nn.Module, original: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.original = module, original
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
 
 
 class Base:
