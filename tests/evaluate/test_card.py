@@ -16,10 +16,16 @@ from pegbox.evaluate.export import export
 from . import tiny
 
 MANIFEST = {
-    "data": {"source": "someone/some-data", "hash": "abc123", "rows": 90},
-    "metrics": {"accuracy": 0.75, "best": "checkpoint-3"},
+    "settings": {
+        "model": "/home/someone/models/tiny",
+        "data": "someone/some-data",
+        "learning_rate": 0.001,
+        "output": "x",
+    },
+    "data": {"hash": "abc123", "used": 90},
+    "metrics": {"accuracy": 0.75},
     "seed": 42,
-    "output": "/home/someone/secret",
+    "machine": {"system": "secret"},
 }
 
 
@@ -78,7 +84,10 @@ def test_a_manifest_beside_the_adapter_is_used(bases: Path, tmp_path: Path) -> N
     assert entry["results"][0]["task"] == {"type": "text-classification"}
     assert "| data.hash | `abc123` |" in body
     assert "| metrics.accuracy | `0.75` |" in body
+    assert "| settings.learning_rate | `0.001` |" in body
+    assert body.lstrip().startswith("# tiny, tuned with lora")
     assert "secret" not in body
+    assert "/home" not in body
     assert "Trained whole beside it: `classifier`." in body
 
 

@@ -20,6 +20,7 @@ import pegbox
 from pegbox import methods
 from pegbox.core.method import Method
 from pegbox.evaluate.report import ParityReport
+from pegbox.train.model import PACKAGED, locate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,17 +29,28 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 
-# transformers' own tables of model classes -> (pipeline of the hub, class that loads the model)
-TASKS = {
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("text-generation", "AutoModelForCausalLM"),
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": (None, "AutoModelForSeq2SeqLM"),
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": ("text-classification", "AutoModelForSequenceClassification"),
-    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": ("token-classification", "AutoModelForTokenClassification"),
-    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": ("question-answering", "AutoModelForQuestionAnswering"),
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": ("fill-mask", "AutoModelForMaskedLM"),
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": ("image-classification", "AutoModelForImageClassification"),
+# transformers' classes that load a model -> the hub's name of the task
+LOADERS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": None,
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForImageClassification": "image-classification",
 }
-SHOWN = ("data", "metrics", "results", "seed", "seeds", "steps", "versions")  # parts of a manifest that a card repeats
+CLASSIFIERS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+# parts of a manifest that a card repeats
+SHOWN = (
+    *("objective", "data", "labels", "steps", "metrics", "train_loss", "trained_parameters", "total_parameters"),
+    *("dtype", "seed", "seconds", "peak_memory", "pegbox", "commit", "packages"),
+)
+# settings of a run that a card repeats; those that name files are not among them
+SETTINGS = (
+    *("learning_rate", "epochs", "max_steps", "batch_size", "gradient_accumulation", "schedule", "warmup"),
+    *("weight_decay", "optimizer", "label_smoothing", "max_length", "packing", "assistant_only"),
+)
+MOST = 8  # of a list that a table shows
 HUB_NAME = re.compile(r"[\w\-]+/[\w.\-]+")
 LIBRARIES = {"merged": "transformers", "peft": "peft", "adapter": "pegbox"}
 
@@ -50,6 +62,8 @@ class Facts:
     Attributes:
         base: name on the hub; None for a local folder, whose path says nothing to a reader.
         base_title: what to call the base in a sentence.
+        own_class: the model's class is Pegbox's, not transformers'.
+        classes: of a classifier.
         pipeline, loader: the hub's name of the task and transformers' class, where transformers knows the model.
         manifest: of the run, empty where there is none.
     """
@@ -63,6 +77,8 @@ class Facts:
     fingerprint: str | None
     pipeline: str | None
     loader: str
+    own_class: bool
+    classes: int | None
     has_tokenizer: bool
     license: str | None
     manifest: Mapping[str, Any]
@@ -72,23 +88,35 @@ class Facts:
 def facts(opened: Opened, format: str, report: ParityReport) -> Facts:
     """Gather what is known of an opened adapter and its export."""
     base, file = opened.base, opened.file
-    local = base is not None and Path(base).exists()
-    pipeline, loader = task_of(opened.tuned.model)
+    manifest = read_manifest(opened.folder)
+    local = base is not None and (base in PACKAGED or Path(base).exists())
+    model: Any = opened.tuned.model
+    pipeline, loader = task_of(model)
     return Facts(
         format=format,
         method=methods.get(file.method),
         settings=file.settings,
         also_train=file.also_train,
         base=None if local else base,
-        base_title=Path(base).name if base else type(opened.tuned.model).__name__,
+        base_title=_title(base, manifest) or type(model).__name__,
         fingerprint=file.fingerprint,
         pipeline=pipeline,
         loader=loader,
+        own_class=type(model).__module__.partition(".")[0] == "pegbox",
+        classes=model.config.num_labels if loader in CLASSIFIERS else None,
         has_tokenizer=opened.tokenizer is not None,
-        license=_license(Path(base)) if base and local else None,
-        manifest=read_manifest(opened.folder),
+        license=_license(Path(locate(base))) if base and local else None,
+        manifest=manifest,
         report=report,
     )
+
+
+def _title(base: str | None, manifest: Mapping[str, Any]) -> str | None:
+    """The last part of the base's name, as the run was given it where that is known."""
+    settings = manifest.get("settings")
+    given = settings.get("model") if isinstance(settings, Mapping) else None
+    name = given or base
+    return Path(name).name if name else None
 
 
 def write(folder: Path, known: Facts) -> None:
@@ -148,9 +176,17 @@ def _method(known: Facts) -> str:
 def _run(known: Facts) -> str:
     if not known.manifest:
         return "## Data and results\n\nNo run manifest lay beside the adapter: its data and its results are not known."
-    rows = [f"| {key} | `{_plain(value)}` |" for key, value in _flat(known.manifest).items()]
+    rows = [f"| {key} | `{_plain(value)}` |" for key, value in _shown(known.manifest).items()]
     return "\n".join(
-        ["## Data and results", "", "From the run's manifest.", "", "| what | value |", "| --- | --- |", *rows]
+        [
+            "## Data and results",
+            "",
+            "From the run's manifest; times in seconds, memory in bytes.",
+            "",
+            "| what | value |",
+            "| --- | --- |",
+            *rows,
+        ]
     )
 
 
@@ -161,41 +197,59 @@ def _parity(known: Facts) -> str:
         "adapter": "The tuned model, and these files loaded again",
     }[known.format]
     count = len(known.report.pairs[-1].probes)
+    own = ", ".join(f"`{path}`" for path in known.also_train)
+    also = (
+        f" In the line of the base, {own} is as the base's files have it, or drawn where they have none." if own else ""
+    )
     return (
         f"## Parity\n\n{said} were run on {count} probe inputs. Differences are of logits, relative ones to the "
         f"largest logit; KL is in nats; the last column is the worst tuned module run by itself. Weights are "
         f"{known.report.dtype}, arithmetic float32. Numbers of every probe are in `parity.json`."
-        f"\n\n{known.report.markdown()}"
+        f"{also}\n\n{known.report.markdown()}"
     )
 
 
 def _use(known: Facts) -> str:
-    base = known.base or known.base_title
-    lines = {
-        "merged": [f"from transformers import {known.loader}", "", f'model = {known.loader}.from_pretrained("FOLDER")'],
-        "peft": [
-            "from peft import PeftModel",
-            f"from transformers import {known.loader}",
-            "",
-            f'base = {known.loader}.from_pretrained("{base}")',
-            'model = PeftModel.from_pretrained(base, "FOLDER")',
-        ],
-        "adapter": [
-            "import pegbox",
-            f"from transformers import {known.loader}",
-            "",
-            f'base = {known.loader}.from_pretrained("{base}")',
-            'model = pegbox.load(base, "FOLDER")',
-        ],
-    }[known.format]
-    if known.has_tokenizer:
-        lines = [
-            "from transformers import AutoTokenizer",
-            *lines,
-            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        ]
+    lines = {"merged": _use_merged, "peft": _use_peft, "adapter": _use_adapter}[known.format](known)
+    if known.has_tokenizer and known.format != "adapter":
+        reader = 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+        lines = ["from transformers import AutoTokenizer", *lines, reader]
     code = "\n".join(lines)
     return f"## Use\n\nwith the folder of this card in the place of FOLDER:\n\n```python\n{code}\n```"
+
+
+def _use_merged(known: Facts) -> list[str]:
+    trust = ", trust_remote_code=True" if known.own_class else ""
+    note = (
+        ["# the model's class is not transformers' own: this runs the code in pooled.py of the folder"] if trust else []
+    )
+    load = f'model = {known.loader}.from_pretrained("FOLDER"{trust})'
+    return [f"from transformers import {known.loader}", "", *note, load]
+
+
+def _use_peft(known: Facts) -> list[str]:
+    base, head = known.base or known.base_title, f", num_labels={known.classes}" if known.classes else ""
+    if known.own_class:
+        imports = "from pegbox.train.model import locate\nfrom pegbox.train.pooled import load_classifier"
+        load = f'load_classifier(locate("{base}"){head})'
+    else:
+        imports, load = f"from transformers import {known.loader}", f'{known.loader}.from_pretrained("{base}"{head})'
+    return [
+        "from peft import PeftModel",
+        imports,
+        "",
+        f"base = {load}",
+        'model = PeftModel.from_pretrained(base, "FOLDER")',
+    ]
+
+
+def _use_adapter(known: Facts) -> list[str]:
+    return [
+        "from pegbox.evaluate.opened import open_adapter",
+        "",
+        f'opened = open_adapter("FOLDER", model="{known.base or known.base_title}")',
+        "model, tokenizer = opened.tuned, opened.tokenizer",
+    ]
 
 
 # -- what is known -----------------------------------------------------------------------------------------------
@@ -212,12 +266,12 @@ def described(method: type[Method]) -> tuple[str, str]:
 
 def task_of(model: nn.Module) -> tuple[str | None, str]:
     """The hub's name of what a model does, and the class that loads it, from transformers' own tables."""
-    from transformers.models.auto import modeling_auto
+    import transformers
 
-    name = type(model).__name__
-    for table, (pipeline, loader) in TASKS.items():
-        listed = getattr(modeling_auto, table).values()
-        if any(name == entry or (name in entry and isinstance(entry, (list, tuple))) for entry in listed):
+    config = getattr(model, "config", None)
+    for loader, pipeline in LOADERS.items():
+        known = getattr(transformers, loader)._model_mapping.get(type(config), ())
+        if type(model) in (known if isinstance(known, tuple) else (known,)):
             return pipeline, loader
     return None, "AutoModel"
 
@@ -246,12 +300,19 @@ def _license(base: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _shown(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a run that a card repeats, by dotted name."""
+    settings = manifest.get("settings")
+    chosen = {k: settings[k] for k in SETTINGS if k in settings} if isinstance(settings, Mapping) else {}
+    return _flat({"data": {"name": _data_name(manifest)}}) | _flat(
+        {**{k: manifest[k] for k in SHOWN if k in manifest}, "settings": chosen}
+    )
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted name; at the top, those of SHOWN."""
+    """Nested values by dotted name, without those that are none."""
     out: dict[str, Any] = {}
     for key, value in values.items():
-        if not prefix and key not in SHOWN:
-            continue
         if isinstance(value, Mapping):
             out |= _flat(value, f"{prefix}{key}.")
         elif value is not None:
@@ -260,9 +321,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _source(manifest: Mapping[str, Any]) -> str | None:
-    data = manifest.get("data")
-    found = data.get("source") if isinstance(data, Mapping) else data
+    settings = manifest.get("settings")
+    found = settings.get("data") if isinstance(settings, Mapping) else None
     return found if isinstance(found, str) and found else None
+
+
+def _data_name(manifest: Mapping[str, Any]) -> str | None:
+    """What to call the data: its hub id, or the last part of its path."""
+    source = _source(manifest)
+    return source if source is None or _hub_datasets(manifest) else Path(source).name
 
 
 def _hub_datasets(manifest: Mapping[str, Any]) -> list[str]:
@@ -280,7 +347,7 @@ def _model_index(known: Facts) -> list[dict[str, Any]]:
         return []
     result = {
         "task": {"type": known.pipeline},
-        "dataset": {"name": Path(source).name, "type": source if _hub_datasets(known.manifest) else Path(source).name},
+        "dataset": {"name": Path(source).name, "type": _data_name(known.manifest)},
         "metrics": [{"type": k, "value": v} for k, v in numbers.items()],
     }
     return [{"name": f"{known.base_title}-{known.method.name()}", "results": [result]}]
@@ -290,4 +357,7 @@ def _plain(value: Any) -> str:
     """A value for a table cell; of a path only its name, for a card is read elsewhere."""
     if isinstance(value, str) and Path(value).is_absolute():
         value = Path(value).name
-    return str(list(value) if isinstance(value, tuple) else value).replace("|", "\\|")
+    if isinstance(value, (list, tuple)):
+        more = f", ... ({len(value)} in all)" if len(value) > MOST else ""
+        value = ", ".join(map(str, value[:MOST])) + more or "none"
+    return str(value).replace("|", "\\|")

@@ -10,31 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 import pegbox
 from pegbox import methods
 from pegbox.core import files
+from pegbox.core.adapter import seeded
 from pegbox.core.errors import ModelError
 from pegbox.core.files import AdapterFile
 from pegbox.core.tuned import Tuned
+from pegbox.train.model import LOADERS, load, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# the class that loads a base, by PEFT's task type or the objective of the run
-LOADERS = {
+# the class that loads a base, by PEFT's task type
+TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
-    "causal_lm": "AutoModelForCausalLM",
-    "sft": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
 }
 
 
@@ -80,18 +77,19 @@ def open_adapter(
     base = _base_of(file, model)
     keeps = methods.get(file.method).traits.keeps_base
 
-    def load() -> nn.Module:
+    def untouched() -> nn.Module:
         if not isinstance(model, nn.Module):
-            return load_base(str(base), file, folder, dtype)
+            with seeded(0, "base"):  # what the base's files lack, a fresh head say, is drawn
+                return load_base(str(base), file, folder, dtype)
         return model if keeps else copy.deepcopy(model)
 
-    tuned = pegbox.load(load(), folder, name=name)
+    tuned = pegbox.load(untouched(), folder, name=name)
 
     def fresh() -> nn.Module:
-        untouched = tuned.detach()
-        return untouched if keeps else load()
+        base = tuned.detach()
+        return base if keeps else untouched()
 
-    tokenizer = tokenizer or load_tokenizer(folder) or (load_tokenizer(base) if base else None)
+    tokenizer = tokenizer or load_tokenizer(folder) or (load_tokenizer(locate(base)) if base else None)
     return Opened(tuned, tokenizer, file, folder, base, fresh)
 
 
@@ -114,7 +112,7 @@ def open_model(
         opened = open_adapter(what, model=model, tokenizer=tokenizer, dtype=dtype)
         return opened.tuned, _required(opened.tokenizer, str(what))
     name = os.fspath(what)
-    return load_base(name, None, None, dtype).eval(), tokenizer or _required(load_tokenizer(name), name)
+    return load_base(name, dtype=dtype).eval(), tokenizer or _required(load_tokenizer(locate(name)), name)
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
@@ -122,24 +120,52 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / files.CONFIG).is_file()
 
 
-def load_base(name: str, file: AdapterFile | None, folder: Path | None, dtype: str = "auto") -> nn.Module:
-    """A base by name or folder, by the class that the adapter's task asks for, else the one the base itself names.
+def load_base(name: str, file: AdapterFile | None = None, folder: Path | None = None, dtype: str = "auto") -> nn.Module:
+    """A base by name or folder: as the run loaded it, else by the adapter's task, else by the class it names itself.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    import transformers
+    from transformers import AutoConfig
 
+    import pegbox.train.pooled  # noqa: F401  (transformers learns a class of ours)
+
+    noted = file.extra if file else {}
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        task = _task(file, folder)
-        own = (config.architectures or ["AutoModel"])[0]
-        loader = getattr(transformers, LOADERS[task] if task else own)
-        labels = _labels(file)
-        return loader.from_pretrained(name, dtype=dtype, **labels)
-    except (OSError, ValueError, AttributeError) as error:
+        place = locate(name)
+        config = AutoConfig.from_pretrained(place)
+        wanted = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+        if noted.get("objective") in LOADERS:
+            head = {key: noted[key] for key in ("labels", "multi_label") if key in noted}
+            return load(place, noted["objective"], dtype=wanted, **head).model
+        loader = _by_task(folder) or _by_architecture(config)
+        return loader(place, dtype=wanted)
+    except (OSError, ValueError, AttributeError, ModelError) as error:
         what = f"the base {name!r} of adapter {str(folder)!r}" if folder else f"the model {name!r}"
         raise ModelError(f"{what} cannot be loaded ({_first_line(error)}); pass model= with its folder") from error
+
+
+def _by_task(folder: Path | None) -> Callable[..., Any] | None:
+    """What loads a base for the task that PEFT's configuration names; None where it names none."""
+    import transformers
+
+    from pegbox.train.pooled import load_classifier
+
+    if folder is None:
+        return None
+    kind = json.loads((folder / files.CONFIG).read_text()).get("task_type")
+    if kind == "SEQ_CLS":
+        return load_classifier
+    return getattr(transformers, TASKS[kind]).from_pretrained if kind in TASKS else None
+
+
+def _by_architecture(config: Any) -> Callable[..., Any]:
+    import transformers
+
+    from pegbox.train.pooled import MeanPooledForSequenceClassification as Ours
+
+    name = (config.architectures or ["AutoModel"])[0]
+    return Ours.from_pretrained if name == Ours.__name__ else getattr(transformers, name).from_pretrained
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
@@ -158,30 +184,6 @@ def _base_of(file: AdapterFile, model: str | os.PathLike[str] | nn.Module | None
     if not (model or file.base):
         raise ModelError("this adapter does not name its base; pass model= with its name, folder or the module")
     return os.fspath(model) if model else file.base
-
-
-def _task(file: AdapterFile | None, folder: Path | None) -> str | None:
-    """The objective that the run noted, else PEFT's task type; None where neither is known here."""
-    noted = file.extra.get("objective") if file else None
-    if noted in LOADERS:
-        return str(noted)
-    if folder is None:
-        return None
-    kind = json.loads((folder / files.CONFIG).read_text()).get("task_type")
-    return kind if kind in LOADERS else None
-
-
-def _labels(file: AdapterFile | None) -> dict[str, Any]:
-    labels = file.extra.get("labels") if file else None
-    if not labels:
-        return {}
-    names = list(labels)
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(map(str, names))),
-        "label2id": {str(name): k for k, name in enumerate(names)},
-        "ignore_mismatched_sizes": True,
-    }
 
 
 def _required(tokenizer: PreTrainedTokenizerBase | None, what: str) -> PreTrainedTokenizerBase:
