@@ -14,7 +14,7 @@ from pegbox.core import Method, Tuned
 from pegbox.core.errors import MethodError
 from pegbox.core.headless import unwrap
 from pegbox.train.own_state import only_adapters
-from pegbox.train.reentrant import is_reentrant, require_input_grads
+from pegbox.train.reentrant import drop_own_hooks, is_reentrant, require_input_grads
 
 
 class Callback(TrainerCallback):
@@ -101,6 +101,8 @@ class Callback(TrainerCallback):
                 f"{names} looks at data before training: call calibrate(batches) on this callback before the trainer "
                 "is made, or use pegbox.Trainer"
             )
+        if args.gradient_checkpointing:
+            drop_own_hooks(self.tuned.model)
         if is_reentrant(args):
             self._reentrant = require_input_grads(self.tuned.model)
 

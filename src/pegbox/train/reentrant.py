@@ -1,6 +1,8 @@
-"""Reentrant gradient checkpointing over a frozen embedding.
+"""Gradient checkpointing over a frozen embedding.
 
-It recomputes a block only if an input of the block needs a gradient, and the output of a frozen embedding does not.
+The reentrant kind recomputes a block only if an input of the block needs a gradient, and the output of a frozen
+embedding does not.  transformers makes it need one for either kind, as long as the model lives; here it does for the
+reentrant kind alone and while training, so that the other runs what lies below the lowest graft without autograd.
 """
 
 from __future__ import annotations
@@ -9,8 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from pegbox.core.errors import ModelError
+
+
+def drop_own_hooks(model: nn.Module) -> None:
+    """Take off the hooks that transformers put on the embeddings when it turned checkpointing on."""
+    if isinstance(model, PreTrainedModel):
+        model.disable_input_require_grads()
 
 
 def require_input_grads(model: nn.Module) -> RemovableHandle:
