@@ -13,16 +13,22 @@ imports torch and transformers alone because it travels with saved models: where
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-POOLING_FILE = Path("1_Pooling") / "config.json"  # of sentence-transformers
+POOLING_FILE = "1_Pooling/config.json"  # of sentence-transformers
+QUIETLY = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 
 
 class MeanPooledConfig(PreTrainedConfig):
@@ -89,28 +95,53 @@ def mean_pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
+def _no_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+    """The argument that leaves out the first-token layer, where the encoder has one."""
+    parameters = inspect.signature(AutoModel._model_mapping[type(config)].__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
+
+
 def pools_by_mean(name: str | Path) -> bool:
-    """Whether the folder of an encoder says that it was trained with the mean over its tokens, and nothing else."""
-    path = Path(name) / POOLING_FILE
-    if not path.is_file():
+    """Whether the files of an encoder say that it was trained with the mean over its tokens, and nothing else."""
+    from transformers.utils import cached_file
+
+    found = cached_file(str(name), POOLING_FILE, **QUIETLY)
+    if found is None:
         return False
-    said = json.loads(path.read_text())
-    return said.get("pooling_mode") == "mean" or [
-        k for k, v in said.items() if k.startswith("pooling_mode_") and v
-    ] == ["pooling_mode_mean_tokens"]
+    said = json.loads(Path(found).read_text())
+    modes = [key for key, value in said.items() if key.startswith("pooling_mode_") and value]
+    return modes == ["pooling_mode_mean_tokens"] or said.get("pooling_mode") == "mean"
 
 
-def on_encoder(
-    name: str | Path, *, dtype: str | torch.dtype = "auto", **config: Any
-) -> MeanPooledForSequenceClassification:
-    """A new classifier on the encoder in a folder.
+def on_encoder(name: str | Path, *, dtype: str | torch.dtype = "auto", **config: Any) -> PreTrainedModel:
+    """A new classifier on an encoder's files.
 
     Args:
-        config: `num_labels`, `id2label` and so on; `classifier_dropout`; dropout rates go to the encoder.
+        config: of the classifier: `num_labels`, `id2label`, `label2id`, `classifier_dropout`.
     """
-    config.pop("ignore_mismatched_sizes", None)
-    encoder = AutoModel.from_pretrained(name, dtype=dtype, **_no_pooler(AutoConfig.from_pretrained(name)))
+    own = AutoConfig.from_pretrained(name)
+    encoder = AutoModel.from_pretrained(name, dtype=dtype, **_no_pooler(own))
+    encoder.config.name_or_path = ""  # saved models name no folder of the machine that made them
     made = MeanPooledConfig(encoder=encoder.config, name_or_path=str(name), **config)
     model = MeanPooledForSequenceClassification(made).to(encoder.dtype)
     model.encoder = encoder
     return model.eval()
+
+
+def load_classifier(name: str | Path, **settings: Any) -> PreTrainedModel:
+    """A sequence classifier by name or folder, with the pooling that its encoder was trained with.
+
+    Args:
+        settings: of `from_pretrained`: `dtype`, `num_labels`, `id2label`, `label2id`.
+    """
+    if not pools_by_mean(name):
+        return AutoModelForSequenceClassification.from_pretrained(name, **settings)
+    settings.pop("ignore_mismatched_sizes", None)
+    return on_encoder(name, **settings)
+
+
+# So that transformers loads what was saved: here by the classes above, elsewhere by a copy of this file beside it.
+AutoConfig.register(MeanPooledConfig.model_type, MeanPooledConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(MeanPooledConfig, MeanPooledForSequenceClassification, exist_ok=True)
+MeanPooledConfig.register_for_auto_class()
+MeanPooledForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

@@ -1,0 +1,82 @@
+"""The commands, in the order in which `pegbox --help` shows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from pegbox import __version__
+from pegbox.cli import (
+    chat,
+    check,
+    compare,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    merge,
+    methods,
+    train,
+)
+from pegbox.core.errors import SettingsError, did_you_mean
+
+# Newer versions of typer bring a click of their own, so its errors are found through the one that typer exports.
+USAGE_ERRORS: tuple[type[Any], ...] = typer.BadParameter.__bases__
+
+# A verb's words are `key=value`, and its help is made of its settings: see pegbox.cli.verb.
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+SETTINGS_VERBS = (train, compare, evaluate, generate, chat, merge, export, inspect)
+ALIASES = {"sft": train, "pt": train, "finetune": train, "evaluate": evaluate, "infer": generate}
+
+
+class Verbs(TyperGroup):
+    """A group that answers an unknown verb with the nearest one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            shown = [n for n, command in self.commands.items() if not command.hidden]
+            raise SettingsError(f"unknown verb {name!r}{did_you_mean(name, shown, most=20)}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=Verbs,
+    name="pegbox",
+    help="Every published way to fine-tune a model, behind one registry.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pegbox {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+app.command("demo")(demo.demo)
+for verb in SETTINGS_VERBS:
+    app.command(verb.VERB.name, context_settings=OVERRIDES)(verb.run)
+for alias, verb in ALIASES.items():
+    app.command(alias, context_settings=OVERRIDES, hidden=True)(verb.run)
+app.command("methods")(methods.methods)
+app.command("check")(check.check)
+app.add_typer(data.app, name="data")
+app.command("doctor")(doctor.doctor)
+app.command("env", hidden=True)(doctor.doctor)

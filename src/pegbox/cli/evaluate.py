@@ -1,0 +1,19 @@
+"""pegbox eval"""
+
+from __future__ import annotations
+
+import typer
+
+from pegbox.cli.verb import Verb
+
+VERB = Verb("eval", "pegbox.evaluate.evaluate:EvalSettings", needs=(("adapter", "model"), "data"))
+
+
+def run(context: typer.Context) -> None:
+    """Measure a model on a file of examples, before and after tuning: eval adapter=out/ data=test.jsonl"""
+    settings = VERB.read(context)
+    from rich.console import Console
+
+    from pegbox.evaluate.evaluate import evaluate
+
+    Console().print(evaluate(settings))

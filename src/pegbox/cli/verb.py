@@ -1,0 +1,151 @@
+"""A verb whose words are settings: what it takes, how its words become a settings object, and its help."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pegbox.core.errors import SettingsError, did_you_mean
+
+if TYPE_CHECKING:
+    import typer
+
+HELP = ("--help", "-h")
+REST = "more"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a verb takes.
+
+    Attributes:
+        name: of the command.
+        settings: the dataclass, as "module:Class"; imported when it is needed.
+        builder: the function from plain values to an instance, as "module:function"; `build` if not given.
+        needs: settings that must be given; of a tuple inside, one.
+        preset: values that the verb itself gives.
+        groups: heading -> names of settings, for the help; a setting of no group comes last.
+        hidden: settings that this verb does not offer.
+    """
+
+    name: str
+    settings: str
+    builder: str | None = None
+    needs: tuple[str | tuple[str, ...], ...] = ()
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
+    hidden: tuple[str, ...] = ()
+
+    def read(self, context: typer.Context) -> Any:
+        """The settings of a command line; prints the help and leaves where that is asked for.
+
+        Raises:
+            SettingsError: an unknown key, a wrong value, or one that is needed and not given.
+        """
+        import typer
+
+        if any(word in HELP for word in context.args):
+            print(self.help(context.command.help or ""))
+            raise typer.Exit
+        return self.built(context.args)
+
+    def built(self, words: Sequence[str], *, complete: bool = True) -> Any:
+        """The settings that the words after the verb mean.
+
+        Args:
+            complete: whether everything that is needed must be there.
+        """
+        from pegbox.cli.overrides import parse
+
+        given = parse(words)
+        if hidden := [k for k in given if k in self.hidden]:
+            raise SettingsError(f"{self.name} takes no {hidden[0]!r}; `pegbox {self.name} --help` lists what it takes")
+        made = self._build({**self.preset, **self._ours(given)})
+        if complete:
+            self._check_needs(made)
+        return made
+
+    def _check_needs(self, made: Any) -> None:
+        for need in self.needs:
+            one_of = (need,) if isinstance(need, str) else need
+            if not any(getattr(made, name) for name in one_of):
+                wanted = " or ".join(f"{name}=" for name in one_of)
+                raise SettingsError(f"{self.name} needs {wanted}; `pegbox {self.name} --help` lists all settings")
+
+    def _build(self, values: dict[str, Any]) -> Any:
+        from pegbox.core.settings import build
+
+        if self.builder:
+            return _imported(self.builder)(values)
+        return build(self._class(), values, what=self.name)
+
+    def _ours(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Values under our names, where the verb has the setting."""
+        from pegbox.train.settings import ALIASES
+
+        known = {f.name for f in dataclasses.fields(self._class())}
+        out: dict[str, Any] = {}
+        for key, value in given.items():
+            ours = ALIASES.get(key, key)
+            name = key if key in known or ours not in known else ours
+            if name in out:
+                raise SettingsError(f"{name} is given twice, as {key!r} too")
+            out[name] = value
+        return out
+
+    def _class(self) -> Any:
+        return _imported(self.settings)
+
+    # -- help ----------------------------------------------------------------------------------------------------
+
+    def help(self, about: str = "") -> str:
+        """The verb's settings with types, defaults and meanings."""
+        fields = {f.name: f for f in dataclasses.fields(self._class()) if f.name not in self.hidden}
+        grouped = {heading: names.split() for heading, names in self.groups.items()}
+        named = {name for names in grouped.values() for name in names}
+        if unknown := named - fields.keys():
+            raise SettingsError(
+                f"{self.name}: no setting {sorted(unknown)[0]!r}{did_you_mean(*sorted(unknown), fields)}"
+            )
+        grouped[REST if named else "settings"] = [name for name in fields if name not in named]
+        lines = [f"pegbox {self.name} [recipe.yaml] key=value ...", "", about.strip()]
+        for heading, names in grouped.items():
+            if names:
+                lines += ["", f"{heading}:", *(line for n in names for line in self._lines(n, fields[n]))]
+        return "\n".join(lines)
+
+    def _lines(self, name: str, spec: dataclasses.Field[Any]) -> list[str]:
+        import shutil
+        import textwrap
+
+        width = min(shutil.get_terminal_size((120, 24)).columns, 140)
+        default = self.preset.get(name, spec.default)
+        shown = f"  {name}{_default(default)}"
+        meaning = spec.metadata.get("help", "") + _choices(self._class(), name)
+        wrapped = textwrap.wrap(meaning, max(width - 42, 30)) or [""]
+        head = [f"{shown:<40}  {wrapped[0]}"] if len(shown) <= 40 else [shown, f"{'':<42}{wrapped[0]}"]
+        return head + [f"{'':<42}{line}" for line in wrapped[1:]]
+
+
+def _default(value: Any) -> str:
+    if value is dataclasses.MISSING or value is None or value == "" or value == ():
+        return "="
+    return f"={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _choices(cls: type, name: str) -> str:
+    """What a setting may be, where that is a short list."""
+    import typing
+
+    hint = typing.get_type_hints(cls)[name]
+    if typing.get_origin(hint) is typing.Literal:
+        return f" ({', '.join(map(str, typing.get_args(hint)))})"
+    return " (true, false)" if hint is bool else ""
+
+
+def _imported(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)

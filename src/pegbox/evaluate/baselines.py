@@ -1,0 +1,142 @@
+"""What a tuned classifier has to beat: the most frequent class, and a linear probe on the frozen model's features.
+
+The probe is logistic regression (scikit-learn) on what the model's head reads, or, where that is a state for every
+token, on its mean over the tokens; C is chosen on the validation rows.  As W and b of the head it is also the warm
+start of Kumar et al. (2022), arXiv:2202.10054: a random head distorts good features while it is being learned.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pegbox import anatomy
+from pegbox.core.errors import MissingExtra, ModelError
+
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # scikit-learn's C, of features with a mean variance of 1
+ROUNDS = 300  # of L-BFGS
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the head reads for each row, (N, D) float32, and the rows' classes (N,)."""
+
+    values: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear classifier on features.
+
+    Attributes:
+        weight, bias: (C, D), (C,), of the features as they are.
+        penalty: the C that the validation rows chose.
+        seconds: for all fits.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+    seconds: float
+
+    def logits(self, values: Tensor) -> Tensor:
+        """(N, D) -> (N, C)"""
+        return values @ self.weight.T + self.bias
+
+
+def majority(train: Tensor, rows: int, classes: int) -> Tensor:
+    """Logits (rows, classes) that always say the most frequent class of `train` (N,)."""
+    counts = torch.bincount(train, minlength=classes)
+    return nn.functional.one_hot(counts.argmax(), classes).float().expand(rows, classes)
+
+
+@torch.no_grad()
+def features(
+    model: nn.Module, rows: Sequence[Any], collate: Callable[[Sequence[Any]], Any], batch_size: int
+) -> Features:
+    """Run the frozen model and keep what goes into its head.
+
+    Raises:
+        ModelError: the model has no head that its anatomy knows.
+    """
+    path = anatomy.of(model).head
+    if path is None:
+        raise ModelError(f"a {type(model).__name__} has no head to take features from")
+    seen: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda _, given: seen.append(given[0].float().cpu()))
+    kept, labels = [], []
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = dict(collate(rows[start : start + batch_size]))
+            labels.append(batch.pop("labels"))
+            model(**batch)
+            kept.append(_one_a_row(seen.pop(), batch.get("attention_mask")))
+    finally:
+        handle.remove()
+    return Features(torch.cat(kept), torch.cat(labels))
+
+
+def _one_a_row(state: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, D) as it is; (B, T, D) as its mean over the tokens."""
+    if state.ndim == 2:
+        return state
+    weights = torch.ones(state.shape[:2]) if mask is None else mask.float().cpu()
+    return (state * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+
+
+def linear_probe(train: Features, valid: Features, classes: int) -> Probe:
+    """Fit one logistic regression for each of PENALTIES, and keep the one that is right on most validation rows.
+
+    Raises:
+        MissingExtra: scikit-learn is not installed.
+    """
+    start = time.perf_counter()
+    centre, spread = train.values.mean(0), train.values.std()  # one scale for all, so that no direction is blown up
+    scaled = (train.values - centre) / spread
+    held = (valid.values - centre) / spread
+    fits = [(_fit(scaled, train.labels, penalty, classes), penalty) for penalty in PENALTIES]
+    scores = [float((held @ w.T + b).argmax(-1).eq(valid.labels).float().mean()) for (w, b), _ in fits]
+    (weight, bias), penalty = fits[scores.index(max(scores))]  # the first of equals: the most regular
+    weight = weight / spread
+    return Probe(weight, bias - weight @ centre, penalty, time.perf_counter() - start)
+
+
+def _fit(values: Tensor, labels: Tensor, penalty: float, classes: int) -> tuple[Tensor, Tensor]:
+    """(N, D), (N,) -> weight (C, D), bias (C,); classes that never occur get a bias that rules them out."""
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise MissingExtra("scikit-learn", "demo", "the linear probe") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fit = LogisticRegression(C=penalty, max_iter=ROUNDS).fit(values.numpy(), labels.numpy())
+    found = torch.from_numpy(fit.classes_).long()
+    coefficients, offsets = torch.from_numpy(fit.coef_).float(), torch.from_numpy(fit.intercept_).float()
+    if len(found) == 2:  # scikit-learn keeps one row for two classes
+        coefficients, offsets = torch.cat([-coefficients, coefficients]) / 2, torch.cat([-offsets, offsets]) / 2
+    weight, bias = torch.zeros(classes, values.shape[1]), torch.full((classes,), -10.0)
+    weight[found], bias[found] = coefficients, offsets
+    return weight, bias
+
+
+def put(probe: Probe, head: nn.Module) -> None:
+    """Start a linear head from the probe.
+
+    Raises:
+        ModelError: the head is not linear, or reads other features.
+    """
+    if not isinstance(head, nn.Linear) or head.weight.shape != probe.weight.shape:
+        shape = tuple(probe.weight.shape)
+        raise ModelError(f"warm_start needs a linear head of shape {shape}, this model's is {head}; warm_start=false")
+    with torch.no_grad():
+        head.weight.copy_(probe.weight)
+        if head.bias is not None:
+            head.bias.copy_(probe.bias)

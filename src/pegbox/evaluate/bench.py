@@ -1,0 +1,225 @@
+"""What all runs of a comparison share: data tokenised once, one base that is tuned again and again, and test rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pegbox import anatomy, objectives
+from pegbox.api import tune
+from pegbox.core import Method, Tuned
+from pegbox.core.adapter import seeded
+from pegbox.core.errors import SettingsError
+from pegbox.core.fingerprint import fingerprint
+from pegbox.core.method import split_names
+from pegbox.data.examples import read, split
+from pegbox.evaluate import baselines, memory
+from pegbox.evaluate.baselines import Features, Probe
+from pegbox.objectives.objective import Objective
+from pegbox.train.arguments import arguments
+from pegbox.train.datasets import Rows, Source, rows, source
+from pegbox.train.hardware import choose_dtype
+from pegbox.train.model import Loaded, load
+from pegbox.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from pegbox.evaluate.compare_settings import CompareSettings
+
+ROWS_AT_ONCE = 64  # of one forward without gradients
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A tuned model and what its training took: parameters, seconds, bytes."""
+
+    tuned: Tuned
+    trained: int
+    seconds: float
+    peak: int | None
+
+
+class Bench:
+    """Args:
+    methods: all that will be compared; the dtype is one that suits every one of them.
+    """
+
+    def __init__(self, settings: CompareSettings, methods: Sequence[Method], say: Callable[[str], None]) -> None:
+        self.settings = settings
+        output = Path(settings.output)
+        output.mkdir(parents=True, exist_ok=True)
+        self.found, test = _sources(settings, output)
+        self.objective: Objective = objectives.get(self.found.objective)
+        trains_base = any(not m.traits.keeps_base for m in methods)
+        self.dtype, why = choose_dtype(settings.dtype, trains_base=trains_base)
+        say(f"data       {self.found.train.announcement}; objective {self.found.objective}")
+        say(f"dtype      {why}" + (", so all of them do" if trains_base and settings.dtype == "auto" else ""))
+        self._loaded: Loaded | None = None
+        loaded = self.loaded()
+        self.base = fingerprint(loaded.model, without=loaded.new)
+        self.rows: Rows = rows(self.found, settings, loaded.model, loaded.tokenizer, methods[0])
+        alone = dataclasses.replace(self.found, train=test, valid=None)
+        self.test = _by_length(
+            list(rows(alone, replace(settings, packing=False), loaded.model, loaded.tokenizer, methods[0]).train)
+        )
+        self.test_examples = test
+        self.valid = _by_length(list(self.rows.valid or ()))
+        self.probe: Probe | None = None
+
+    # -- the base --------------------------------------------------------------------------------------------------
+
+    def loaded(self) -> Loaded:
+        """The untouched base and its tokenizer."""
+        if self._loaded is None:
+            self._loaded = load(
+                self.settings.model,
+                self.found.objective,
+                labels=self.found.labels,
+                multi_label=self.found.multi_label,
+                dtype=self.dtype,
+                attention=self.settings.attention,
+            )
+        return self._loaded
+
+    def leave(self, tuned: Tuned) -> None:
+        """Take the adapter off; a base that was trained itself is dropped, and loaded again when it is needed."""
+        touched = not tuned.method.traits.keeps_base
+        tuned.detach()
+        if touched:
+            self._loaded = None
+
+    def _start_head(self, loaded: Loaded, seed: int) -> None:
+        """New modules as the seed draws them, or a classifier as the probe found it."""
+        for path in loaded.new:
+            module: Any = loaded.model.get_submodule(path)
+            with seeded(seed, f"new/{path}"):
+                module.reset_parameters()
+        if self.probe is not None:
+            head = anatomy.of(loaded.model).head
+            baselines.put(self.probe, loaded.model.get_submodule(str(head)))
+
+    # -- one run ---------------------------------------------------------------------------------------------------
+
+    def train(
+        self, method: Method, *, rate: float, seed: int, steps: int | None, callbacks: Sequence[TrainerCallback] = ()
+    ) -> Trained:
+        """Train one adapter."""
+        loaded = self.loaded()
+        self._start_head(loaded, seed)
+        memory.forget_peak()
+        start = time.perf_counter()
+        tuned = tune(loaded.model, method, also_train=self._also_train(loaded, method), seed=seed)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self._trainer(tuned, rate, seed, steps, folder, callbacks).train()
+        except BaseException:
+            self.leave(tuned)
+            raise
+        seconds, peak = time.perf_counter() - start, memory.peak()
+        for parameter in tuned.trainable().values():
+            parameter.grad = None
+        return Trained(tuned.eval(), tuned.count()[0], seconds, peak)
+
+    def _also_train(self, loaded: Loaded, method: Method) -> tuple[str, ...]:
+        named = split_names(self.settings.also_train)
+        selected = set(method.selects(loaded.model, anatomy.of(loaded.model)))
+        parameters = {path: loaded.model.get_submodule(path).named_parameters() for path in loaded.new if path}
+        new = [path for path, own in parameters.items() if not all(f"{path}.{n}" in selected for n, _ in own)]
+        return (*((named,) if isinstance(named, str) else named), *new)
+
+    def _trainer(
+        self, tuned: Tuned, rate: float, seed: int, steps: int | None, folder: str, callbacks: Sequence[TrainerCallback]
+    ) -> Trainer:
+        from transformers import PrinterCallback
+
+        quiet = {"save_strategy": "no", "logging_strategy": "no", **self.settings.args}
+        chosen = replace(self.settings, learning_rate=rate, seed=seed, output=folder, args=quiet)
+        if steps is not None:
+            chosen = replace(chosen, max_steps=steps)
+        trainer = Trainer(
+            tuned,
+            self.objective,
+            arguments(chosen, self.objective, evaluates=False),
+            train_dataset=self.rows.train,
+            data_collator=self.rows.collate,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    # -- measuring -------------------------------------------------------------------------------------------------
+
+    def predict(self, model: nn.Module, held: Sequence[Any]) -> dict[str, Tensor]:
+        """Predictions of rows in their order, reduced to what the deciding metric needs."""
+        model.eval()
+        kept = [self.objective.predict(model, batch) for batch in self._batches(model, held)]
+        joined = {key: torch.cat([k[key].cpu() for k in kept]) for key in kept[0]}
+        return reduced(self.objective, joined)
+
+    def _batches(self, model: nn.Module, held: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        device = next(model.parameters()).device
+        for start in range(0, len(held), ROWS_AT_ONCE):
+            batch = self.rows.collate(held[start : start + ROWS_AT_ONCE])
+            yield {key: value.to(device) for key, value in batch.items()}
+
+    def measure(self, predictions: dict[str, Tensor]) -> float:
+        """The metric that decides, of what `predict` gave."""
+        if "right" in predictions:
+            return float(predictions["right"].mean())
+        return self.objective.measure(predictions)[self.objective.best]
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What is kept with an adapter, so that it can be loaded again."""
+        kept: dict[str, Any] = {"objective": self.found.objective}
+        if self.found.labels is not None:
+            kept |= {"labels": list(self.found.labels), "multi_label": self.found.multi_label}
+        return kept
+
+    @property
+    def is_single_label(self) -> bool:
+        """Whether each row has one class, so that there are a majority class and a linear probe."""
+        return self.found.objective == "sequence_classification" and not self.found.multi_label
+
+    def features(self, held: Sequence[Any]) -> Features:
+        """What the untouched base's head reads."""
+        return baselines.features(self.loaded().model.eval(), held, self.rows.collate, ROWS_AT_ONCE)
+
+    @property
+    def training_rows(self) -> list[Any]:
+        return _by_length(list(self.rows.train))
+
+
+def reduced(objective: Objective, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For one class a row, whether each is right, (N,): all that accuracy needs, and quick to draw from."""
+    labels = predictions.get("labels")
+    if objective.best != "accuracy" or labels is None or predictions["logits"].ndim != 2 or labels.ndim != 1:
+        return predictions
+    return {"right": predictions["logits"].argmax(-1).eq(labels).double()}
+
+
+def _sources(settings: CompareSettings, output: Path) -> tuple[Source, Any]:
+    """Training and validation examples, and those to test on."""
+    found = source(settings, output)
+    if found.valid is None:
+        raise SettingsError("compare chooses learning rates on held-out examples; give valid=FILE or valid_share=0.15")
+    if settings.test is None:
+        train, test = split(found.train, settings.test_share, settings.seed + 1)
+        train.rejected = found.train.rejected
+        return dataclasses.replace(found, train=train), test
+    kind = found.train.kind if found.train.kind in ("classification", "regression") else None
+    return found, read(settings.test, columns=dict(settings.columns) or None, kind=kind)
+
+
+def _by_length(held: list[Any]) -> list[Any]:
+    """Rows of similar length side by side, so that batches hold little padding."""
+    return sorted(held, key=len)
