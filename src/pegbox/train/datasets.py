@@ -98,6 +98,8 @@ def _split(whole: Examples, settings: RunSettings) -> tuple[Examples, Examples]:
         raise SettingsError("valid_share cannot cut a stream whose length is unknown; give valid= a file of its own")
     train, valid = split(whole, settings.valid_share, settings.seed)
     train.rejected = whole.rejected  # rows that fail in tokenising join those that failed in reading
+    train.counts.read += whole.counts.rejected
+    train.counts.rejected = whole.counts.rejected
     return train, valid
 
 

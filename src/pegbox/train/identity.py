@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from pegbox.objectives.objective import Objective
@@ -47,4 +48,4 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         out |= {f"{prefix}method.{key}": value for key, value in dataclasses.asdict(method).items()}
     out["objective"] = objective.name if isinstance(objective, Objective) else getattr(objective, "__name__", "")
     values = {ours: getattr(args, theirs) for ours, theirs in ARGUMENTS.items()}
-    return out | {key: str(value) if isinstance(value, str) else value for key, value in values.items()}
+    return out | {key: value.value if isinstance(value, Enum) else value for key, value in values.items()}

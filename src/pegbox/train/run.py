@@ -101,7 +101,7 @@ def _run(settings: RunSettings, output: Path, manifest: Manifest) -> RunResult:
     manifest.update(
         objective=job.found.objective,
         method=dataclasses.asdict(job.tuned.method) | {"name": job.tuned.method.name()},
-        data={"hash": job.found.hash, "ids_hash": job.found.ids_hash, **dataclasses.asdict(job.found.train.counts)},
+        data=_data(job),
         labels=job.found.labels,
         dtype=job.dtype,
         trained_parameters=some,
@@ -133,6 +133,15 @@ def _run(settings: RunSettings, output: Path, manifest: Manifest) -> RunResult:
     manifest.end("planned" if settings.dry_run else "done", **{name: getattr(result, name) for name in named})
     _say(f"planned    {output}" if settings.dry_run else f"saved      {output} ({result.seconds:.1f} s)")
     return result
+
+
+def _data(job: Job) -> dict[str, Any]:
+    """Rows of both parts, `read` = `used` + `rejected`, and hashes of the training part."""
+    found = job.found
+    facts = {"hash": found.hash, "ids_hash": found.ids_hash, **dataclasses.asdict(found.train.counts)}
+    if found.valid is not None:
+        facts["valid"] = dataclasses.asdict(found.valid.counts)
+    return facts
 
 
 def _trainer(job: Job, output: Path) -> tuple[Trainer, Interrupt]:

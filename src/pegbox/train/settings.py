@@ -138,6 +138,7 @@ def run_settings(values: Mapping[str, Any], *, cls: type[RunSettings] = RunSetti
     from pegbox import methods
 
     known = {f.name for f in dataclasses.fields(cls)}
+    theirs = methods.SETTING_ALIASES.keys() | {f.name for f in dataclasses.fields(methods.get(_method_of(values)))}
     own: dict[str, Any] = {}
     inner: dict[str, Any] = dict(values.get("method_settings") or {})
     for key, value in values.items():
@@ -152,7 +153,7 @@ def run_settings(values: Mapping[str, Any], *, cls: type[RunSettings] = RunSetti
         elif key.startswith(("args.", "columns.")):
             group, _, rest = key.partition(".")
             own[group] = {**own.get(group, {}), rest: value}
-        elif name not in known and key in methods.SETTING_ALIASES:
+        elif name not in known and key in theirs:
             inner[key] = value
         elif name in own and name not in ("args", "columns"):
             raise SettingsError(f"{name} is given twice, as {key!r} too")
@@ -161,3 +162,10 @@ def run_settings(values: Mapping[str, Any], *, cls: type[RunSettings] = RunSetti
     settings = build(cls, own | {"method_settings": inner}, what="run")
     methods.make(settings.method, settings.method_settings)
     return settings
+
+
+def _method_of(values: Mapping[str, Any]) -> str:
+    """The method that plain values ask for, under whatever name."""
+    asked = [value for key, value in values.items() if ALIASES.get(key, key) == "method"]
+    method = asked[-1] if asked else "lora"
+    return str(method.get("name", "lora") if isinstance(method, Mapping) else method)
