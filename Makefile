@@ -38,7 +38,7 @@ mutants: $(STAMP)  ## plant one defect per conformance check and see it caught
 
 docs: $(STAMP)  ## the documentation site, in site/
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) site runs .mypy_cache .ruff_cache .pytest_cache

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +40,7 @@ def pages() -> Iterator[tuple[Path, str]]:
         yield path, method_page(name, path.read_text() if path.exists() else "")
     yield DOCS / "methods" / "index.md", methods_table()
     yield DOCS / "reference" / "settings.md", settings_page()
+    yield DOCS / "reference" / "cli.md", command_line_page()
 
 
 def method_page(name: str, old: str) -> str:
@@ -137,6 +140,26 @@ def settings_page() -> str:
         default = json.dumps(spec.get("default"))
         lines.append(f"| `{name}` | `{default}` | {spec.get('description', '')} | {', '.join(theirs[name])} |")
     return "\n".join(lines) + "\n"
+
+
+def command_line_page() -> str:
+    """Every verb's help, as `pegbox VERB --help` prints it."""
+    from pegbox.cli.app import SETTINGS_VERBS, app
+
+    os.environ["COLUMNS"] = "100"
+    about = {info.name: info.callback.__doc__ or "" for info in app.registered_commands if info.callback}
+    lines = [
+        "# Command line",
+        "",
+        "`pegbox VERB recipe.yaml key=value ...`: a recipe may come first, later values win.",
+    ]
+    for module in SETTINGS_VERBS:
+        verb = module.VERB
+        help_text = verb.help(inspect.cleandoc(about[verb.name]))
+        lines += ["", f"## {verb.name}", "", "```text", help_text, "```"]
+    for name in ("demo", "methods", "check", "doctor"):
+        lines += ["", f"## {name}", "", inspect.cleandoc(about[name])]
+    return "\n".join([*lines, "", "## data check", "", "See [data](../guides/data.md)."]) + "\n"
 
 
 if __name__ == "__main__":
