@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pegbox.core.cpu import working_dtype
 from pegbox.core.errors import SettingsError, did_you_mean
 
 MIB = 1 << 20
@@ -33,6 +34,7 @@ CHUNK_BYTES = 32 * MIB  # of logits; larger chunks are no faster once the matrix
 TRAINED_CHUNK_BYTES = 64 * MIB  # when W trains: each chunk also passes once over its (V, D) gradient
 BLOCK_BYTES = 2 * MIB  # of statistics on a CPU; a block stays in the second-level cache between passes
 DEFAULT_CHUNK = 256  # tokens at once through a head of unknown width
+WIDENED_BYTES = 128 * MIB  # the largest float32 copy of W made where that is the faster way to multiply
 PRODUCT_BYTES = 16 * MIB  # of one slice of a half-precision product on its way into the float32 gradient of W
 
 Head = Callable[[Tensor], Tensor]
@@ -264,8 +266,10 @@ def _run(
     """The sum of the weighted losses, and the losses (N,); only hidden's gradient flows through the latter."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    if weight.numel() * 4 <= WIDENED_BYTES:
+        hidden = hidden.to(working_dtype(hidden))
+    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
     if token_weights is not None:
         token_weights = token_weights.to(_statistics(hidden.dtype))
@@ -273,7 +277,8 @@ def _run(
         budget = TRAINED_CHUNK_BYTES if wants[1] else CHUNK_BYTES
         chunk = max(16, budget // (weight.shape[0] * hidden.element_size()))
     settings = (ignore_index, smoothing, rule.scale, rule.softcap, chunk)
-    total, losses, *_ = _pass(hidden, weight, bias, labels, token_weights, *settings, *wants)
+    with torch.autocast(device, enabled=False):
+        total, losses, *_ = _pass(hidden, weight, bias, labels, token_weights, *settings, *wants)
     return total, losses
 
 

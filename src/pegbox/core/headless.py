@@ -229,6 +229,8 @@ def logit_rule(model: nn.Module, inputs: Mapping[str, Any]) -> LogitRule | None:
     Args:
         model: as it is or wrapped
         inputs: any batch for it, of which the first tokens are used
+
+    The proof is no part of a compiled graph: where a whole training step is compiled in one, call this once before.
     """
     base = unwrap(model)
     if base not in _proven:

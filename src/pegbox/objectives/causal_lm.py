@@ -36,7 +36,8 @@ def causal_lm(
             A batch without a label has loss 0.
 
     Returns:
-        `nll`, and `aux`, the model's own auxiliary loss (of routers), where it has one.
+        `nll`, and `aux`, the balance loss of the model's routers, where it returns one; by the batch's share of
+        `num_items`, if that is given.
 
     Raises:
         DataError: no `labels`.
@@ -54,7 +55,10 @@ def causal_lm(
 
     total, output = through_head(model, model_inputs(model, batch), labels.shape[1], use)
     losses = {"nll": total if num_items is None else total / num_items}
-    return losses | _auxiliary(model, output, 1.0 if num_items is None else count(batch) / num_items)
+    router = _router_loss(model, output)
+    if router is not None:
+        losses["aux"] = router if num_items is None else router * count(batch) / num_items
+    return losses
 
 
 def count(batch: Batch, **_: Any) -> Tensor:
@@ -79,12 +83,11 @@ def _next(values: Tensor, last: int) -> Tensor:
     return F.pad(values[:, 1:], (0, 1), value=last)
 
 
-def _auxiliary(model: nn.Module, output: Any, share: Tensor | float) -> Losses:
-    """A router's balance loss, weighted as the model's own config says, and by the batch's share of the step."""
+def _router_loss(model: nn.Module, output: Any) -> Tensor | None:
+    """The balance loss of a mixture of experts, weighted as the model's own config says."""
     loss = getattr(output, "aux_loss", None)
-    config = getattr(unwrap(model), "config", None)
-    factor = getattr(config, "router_aux_loss_coef", None)
-    return {} if loss is None or factor is None else {"aux": loss * factor * share}
+    factor = getattr(getattr(unwrap(model), "config", None), "router_aux_loss_coef", None)
+    return None if loss is None or factor is None else loss * factor
 
 
 @torch.no_grad()
