@@ -23,9 +23,8 @@ def main() -> int:
         print(_line(outcomes[-1]), flush=True)
     missed = [o for o in outcomes if not o.caught]
     bare = sorted(CHECKS.keys() - {m.check for m in MUTANTS})
-    print(
-        f"{len(outcomes) - len(missed)} of {len(outcomes)} defects caught, {len(CHECKS) - len(bare)} of {len(CHECKS)} checks bite"
-    )
+    caught, biting = len(outcomes) - len(missed), len(CHECKS) - len(bare)
+    print(f"{caught} of {len(outcomes)} defects caught, {biting} of {len(CHECKS)} checks bite")
     for name in bare:
         print(f"no defect is planted for {name}")
     return int(bool(missed or bare))

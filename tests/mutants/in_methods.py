@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pegbox.checks import Case
-from pegbox.core import LowRankGraft
+from pegbox.core import LowRankGraft, Method
 from pegbox.core.low_rank import as_matrix
 from pegbox.methods.bitfit import BitFit
 from pegbox.methods.dora import DoRAGraft
@@ -104,6 +104,7 @@ MUTANTS = [
         "a constructor that does more than store",
         around(LoRA, "__init__", doubled_settings),
     ),
+    Mutant("settings_hide_no_verb", MASKED, "a setting hides a verb", put(Method, "share", lambda self: None)),
     Mutant("seams_are_declared", LORA, "the weight seam is not declared", declare(LoRA, seams=("output", "update"))),
     Mutant("seams_are_declared", LORA, "the update seam is not declared", declare(LoRA, seams=("weight",))),
     Mutant("seams_are_declared", FULL, "the selection seam is not declared", declare(Full, seams=("output",))),

@@ -14,6 +14,7 @@ from pegbox.checks.lab import Lab, bits, require_raises, require_untouched
 from pegbox.checks.when import lacks_a_need, needs_something
 from pegbox.core.errors import SettingsError, TargetError
 from pegbox.core.graft import Graft, WeightGraft
+from pegbox.core.method import Method
 from pegbox.core.settings import build
 from pegbox.core.tuned import Tuned
 
@@ -31,6 +32,13 @@ def settings_survive_json(lab: Lab) -> None:
     written = json.dumps(dataclasses.asdict(lab.method))
     again = build(type(lab.method), json.loads(written))
     require(again == lab.method, f"{written} became {again!r}")
+
+
+@check()
+def settings_hide_no_verb(lab: Lab) -> None:
+    """No setting has the name of something a method can be asked for, `size` say, which it would hide."""
+    hidden = [f.name for f in dataclasses.fields(lab.method) if callable(getattr(Method, f.name, None))]
+    require(not hidden, f"the settings {hidden} hide what every method can be asked for; name them otherwise")
 
 
 @check()
