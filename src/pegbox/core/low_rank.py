@@ -9,7 +9,8 @@ once for all of them), the scale goes into the small factor, and both sums are m
 `down` may be a width instead of a matrix: then x is cut into shards of that width, which are summed (MiSS).
 That is the same product with `down` = a row of identity matrices, at the cost of a sum.
 
-Factors are float32 masters; products run in the dtype of x.
+Factors are float32 masters; products run in the dtype of x.  Where the processor multiplies float32 faster than that,
+the two large products are widened, a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from pegbox.core.cpu import working_dtype
+
+BLOCK_ROWS = 512  # widened at once: a few MiB, and no slower than all
 
 Down = Tensor | int  # (r, in), or the width r of the shards
 
@@ -43,7 +48,8 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Down, 
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     matrix, shard = (None, down) if isinstance(down, int) else (down, 0)
-    return _LowRankLinear.apply(x, weight, bias, matrix, up, scale, shard)
+    with torch.autocast(device, enabled=False):  # it would undo the widening
+        return _LowRankLinear.apply(x, weight, bias, matrix, up, scale, shard)
 
 
 def low_rank_product(x: Tensor, down: Down, up: Tensor, scale: float) -> Tensor:
@@ -79,9 +85,8 @@ class _LowRankLinear(torch.autograd.Function):
         shard: int,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
-        y = F.linear(rows, weight, bias)  # (n, out)
         h = fold(rows, shard) if down is None else rows @ down.to(x.dtype).T  # (n, r)
-        y.addmm_(h, (scale * up).to(x.dtype).T)
+        y = _sum_of_products(rows, weight.T, h, (scale * up).T, bias)  # (n, out)
         ctx.save_for_backward(x, weight, down, up, h)
         ctx.scale, ctx.shard = scale, shard
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -96,12 +101,8 @@ class _LowRankLinear(torch.autograd.Function):
         gh = g @ (ctx.scale * up).to(g.dtype) if wants_x or wants_down else None  # (n, r)
         gx = None
         if wants_x and gh is not None:
-            gx = g @ weight  # (n, in)
-            if down is None:
-                _add_to_shards(gx, gh, ctx.shard)
-            else:
-                gx.addmm_(gh, down.to(g.dtype))
-            gx = gx.view(x.shape)
+            factor = as_matrix(ctx.shard, x.shape[-1], up) if down is None else down
+            gx = _sum_of_products(g, weight, gh, factor).view(x.shape)
         g_down = (gh.T @ rows).to(down.dtype) if wants_down and gh is not None else None
         g_up = (g.T @ h).to(up.dtype).mul_(ctx.scale) if wants_up else None
         g_weight = g.T @ rows if wants_weight else None
@@ -109,12 +110,21 @@ class _LowRankLinear(torch.autograd.Function):
         return gx, g_weight, g_bias, g_down, g_up, None, None
 
 
-def _add_to_shards(gx: Tensor, gh: Tensor, width: int) -> None:
-    """Add gh (n, width) to every shard of gx (n, in), in place."""
-    whole = gx.shape[1] // width * width
-    gx[:, :whole].unflatten(1, (-1, width)).add_(gh[:, None])
-    if whole < gx.shape[1]:
-        gx[:, whole:].add_(gh[:, : gx.shape[1] - whole])
+def _sum_of_products(x: Tensor, w: Tensor, h: Tensor, low: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ w + h @ low + bias in the dtype of x: (n, k), (k, m), (n, r), (r, m), (m,) -> (n, m)."""
+    dtype = working_dtype(x)
+    if dtype == x.dtype or torch.compiler.is_compiling():
+        return _added(x.to(dtype), w.to(dtype), h.to(dtype), low.to(dtype), bias).to(x.dtype)
+    y = x.new_empty(x.shape[0], w.shape[1])  # before what is freed again, so that no hole is left below it
+    w, low = w.to(dtype), low.to(dtype)
+    for part, of_h, into in zip(x.split(BLOCK_ROWS), h.split(BLOCK_ROWS), y.split(BLOCK_ROWS), strict=True):
+        into.copy_(_added(part.to(dtype), w, of_h.to(dtype), low, bias))
+    return y
+
+
+def _added(x: Tensor, w: Tensor, h: Tensor, low: Tensor, bias: Tensor | None) -> Tensor:
+    y = F.linear(x, w.T, None if bias is None else bias.to(x.dtype))
+    return y.addmm_(h, low)
 
 
 def rescale(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
