@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """One method as plain values: name, title, citation, equation, card, seams, traits, settings schema, docs page."""
+    """One method as plain values: name, title, arXiv id, text with the equation, card, seams, traits, settings schema, docs page."""
     cls = methods.get(name)
     title, _, body = module_text(cls).partition("\n\n")
     traits = dataclasses.asdict(cls.traits)
@@ -24,6 +25,7 @@ def describe(name: str) -> dict[str, Any]:
     return {
         "name": cls.name(),
         "title": " ".join(title.split()),
+        "arxiv": arxiv[1] if (arxiv := re.search(r"arXiv:(\d{4}\.\d{4,5})", title)) else None,
         "text": body.strip("\n"),
         "card": traits.pop("card"),
         "seams": list(traits.pop("seams")),
@@ -41,15 +43,20 @@ def module_text(cls: type[Method]) -> str:
 
 def summary_table() -> Table:
     """All methods, a line each."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("method", "paper", "seams", "start", "merges", "HF PEFT", title=f"{len(methods.names())} methods")
+    columns = ("method", "name", "arXiv", "seams", "start", "merges", "HF PEFT")
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in table.columns:
+        column.no_wrap = column.header != "seams"
     for name in methods.names():
         entry = describe(name)
         traits = entry["traits"]
         table.add_row(
             name,
-            entry["title"].split(",  arXiv")[0],
+            re.split(r"[:,(]", entry["title"])[0].strip(),
+            entry["arxiv"] or "-",
             ", ".join(entry["seams"]),
             "identity" if traits["identity"] else "changed",
             traits["merge"],

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from pegbox.core.errors import PegboxError
 
+INTERRUPTED = 130  # as shells report Ctrl-C
+
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one line on standard error and exit code 2, no traceback.
@@ -26,10 +28,12 @@ def main(words: Sequence[str] | None = None) -> None:
     except USAGE_ERRORS as error:
         _fail(error.format_message(), 2)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has left
         sys.stderr.close()
         raise SystemExit(0) from None
+    if code == INTERRUPTED:  # typer turns Ctrl-C into a code
+        _fail("interrupted", INTERRUPTED)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from pegbox import __version__
 from pegbox.cli import (
@@ -23,27 +22,13 @@ from pegbox.cli import (
     methods,
     train,
 )
-from pegbox.core.errors import SettingsError, did_you_mean
+from pegbox.cli.group import OVERRIDES, Verbs
 
 # Newer versions of typer bring a click of their own, so its errors are found through the one that typer exports.
 USAGE_ERRORS: tuple[type[Any], ...] = typer.BadParameter.__bases__
 
-# A verb's words are `key=value`, and its help is made of its settings: see pegbox.cli.verb.
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
 SETTINGS_VERBS = (train, compare, evaluate, generate, chat, merge, export, inspect)
 ALIASES = {"sft": train, "pt": train, "finetune": train, "evaluate": evaluate, "infer": generate}
-
-
-class Verbs(TyperGroup):
-    """A group that answers an unknown verb with the nearest one."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name = args[0]
-        if not name.startswith("-") and self.get_command(ctx, name) is None:
-            shown = [n for n, command in self.commands.items() if not command.hidden]
-            raise SettingsError(f"unknown verb {name!r}{did_you_mean(name, shown, most=20)}")
-        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import typer
 
+from pegbox.cli.group import OVERRIDES, Verbs
 from pegbox.cli.verb import Verb
 
 VERB = Verb("data check", "pegbox.cli.data_check:CheckSettings", needs=("data",))
 
-app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True, rich_markup_mode=None)
-OVERRIDES: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app = typer.Typer(cls=Verbs, help="Look at data before training on it.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()

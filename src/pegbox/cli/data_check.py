@@ -33,8 +33,7 @@ def print_check(settings: CheckSettings) -> bool:
         DataError: nothing to read, or a template that cannot be trained with.
         ModelError: the model has no tokenizer.
     """
-    from rich.console import Console
-
+    from pegbox.cli.console import console
     from pegbox.data.check import check
     from pegbox.data.examples import read
     from pegbox.data.preview import render
@@ -53,10 +52,10 @@ def print_check(settings: CheckSettings) -> bool:
     if settings.json:
         print(report.to_json())
     else:
-        console = Console()
-        console.print(render(report))
+        screen = console()
+        screen.print(render(report))
         for shown in _masks(examples, tokenizer, settings):
-            console.print(shown)
+            screen.print(shown)
     return not report.errors
 
 

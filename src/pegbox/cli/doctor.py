@@ -10,10 +10,10 @@ def doctor() -> None:
     import platform
 
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from pegbox import __version__
+    from pegbox.cli.console import console
     from pegbox.train.hardware import bf16_units
 
     table = Table("what", "found", show_header=False)
@@ -28,4 +28,4 @@ def doctor() -> None:
         except importlib.metadata.PackageNotFoundError:
             found = "not installed"
         table.add_row(package, found)
-    Console().print(table)
+    console().print(table)

@@ -12,8 +12,7 @@ VERB = Verb("eval", "pegbox.evaluate.evaluate:EvalSettings", needs=(("adapter", 
 def run(context: typer.Context) -> None:
     """Measure a model on a file of examples, before and after tuning: eval adapter=out/ data=test.jsonl"""
     settings = VERB.read(context)
-    from rich.console import Console
-
+    from pegbox.cli.console import console
     from pegbox.evaluate.evaluate import evaluate
 
-    Console().print(evaluate(settings))
+    console().print(evaluate(settings))

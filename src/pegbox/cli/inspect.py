@@ -20,8 +20,6 @@ def run(context: typer.Context) -> None:
     With model=... method=lora: which modules the method would tune, and how many parameters that is.
     """
     settings = VERB.read(context)
-    from rich.console import Console
-
     from pegbox.evaluate.inspect import inspect
 
-    Console().print(inspect(settings))
+    print(inspect(settings))

@@ -23,6 +23,6 @@ def methods(
     elif name:
         print(text(name))
     else:
-        from rich.console import Console
+        from pegbox.cli.console import console
 
-        Console().print(summary_table())
+        console().print(summary_table())

@@ -106,10 +106,8 @@ class Verb:
         fields = {f.name: f for f in dataclasses.fields(self._class()) if f.name not in self.hidden}
         grouped = {heading: names.split() for heading, names in self.groups.items()}
         named = {name for names in grouped.values() for name in names}
-        if unknown := named - fields.keys():
-            raise SettingsError(
-                f"{self.name}: no setting {sorted(unknown)[0]!r}{did_you_mean(*sorted(unknown), fields)}"
-            )
+        for name in named - fields.keys():
+            raise SettingsError(f"{self.name}: no setting {name!r}{did_you_mean(name, fields)}")
         grouped[REST if named else "settings"] = [name for name in fields if name not in named]
         lines = [f"pegbox {self.name} [recipe.yaml] key=value ...", "", about.strip()]
         for heading, names in grouped.items():
