@@ -158,7 +158,7 @@ def test_tensorboard_gets_the_log(llama: Path, tmp_path: Path, monkeypatch: pyte
     ("changes", "error", "says"),
     [
         ({"model": "../lama"}, ModelError, "there is no model folder"),
-        ({"data": "chat.jsnl"}, DataError, "no such file"),
+        ({"data": "./chat.jsnl"}, DataError, "no such file"),
         ({"objective": "regression"}, SettingsError, "does not fit|fit no known"),
         ({"args": {"learning_rte": 1}}, SettingsError, "did you mean 'learning_rate'"),
         ({"patience": 2}, SettingsError, "patience needs held-out examples"),

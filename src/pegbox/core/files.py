@@ -26,6 +26,7 @@ from pegbox.core.errors import AdapterError, SettingsError, TargetError, did_you
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import Method, PeftLayout
 from pegbox.core.settings import build
+from pegbox.core.sharded import whole
 from pegbox.core.tuned import Tuned
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,14 +64,16 @@ class AdapterFile:
     extra: dict[str, Any]
 
 
-def save(tuned: Tuned, directory: str | os.PathLike[str], name: str | None = None, **extra: Any) -> Path:
+def save(
+    tuned: Tuned, directory: str | os.PathLike[str], name: str | None = None, *, writes: bool = True, **extra: Any
+) -> Path:
     """Write an adapter; an interrupted write leaves what was there before.
 
     Args:
+        writes: of a model that is sharded over processes all call this, and one writes.
         extra: plain values kept in the header and given back by `read`.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     adapter = tuned.adapter(name)
     copies = [path_of(key) for key in adapter.copies]
     header = {
@@ -83,7 +86,10 @@ def save(tuned: Tuned, directory: str | os.PathLike[str], name: str | None = Non
         "extra": extra,
     }
     layout = adapter.method.traits.peft
-    state = {_file_key(key, layout): value.contiguous().cpu() for key, value in tuned.state(name).items()}
+    state = {_file_key(key, layout): whole(value).contiguous().cpu() for key, value in tuned.state(name).items()}
+    if not writes:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder / TENSORS, state, header)
     _write_text(folder / CONFIG, json.dumps(_config(tuned, adapter, copies, header), indent=2, sort_keys=True))
     return folder

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from pegbox.core.sharded import whole
+
 SAMPLES = 256  # values hashed per tensor; evenly spread
 
 
@@ -31,6 +33,6 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> str:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().reshape(-1)
+    flat = whole(parameter.detach()).reshape(-1)
     step = max(1, flat.numel() // SAMPLES)
     return flat[::step][:SAMPLES].to(torch.bfloat16)

@@ -235,14 +235,23 @@ def logit_rule(model: nn.Module, inputs: Mapping[str, Any]) -> LogitRule | None:
     base = unwrap(model)
     if base not in _proven:
         found = find_head(base)
-        result = "it has no output embeddings" if found is None else _prove(base, found[0], inputs)
+        result = "it has no output embeddings" if found is None else _prove(_callable(model), found[0], inputs)
         if isinstance(result, str):
             log.warning("%s is trained from full logits, which takes more memory: %s", type(base).__name__, result)
         _proven[base] = None if isinstance(result, str) else result
     return _proven[base]
 
 
-def _prove(base: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> LogitRule | str:
+def _callable(model: nn.Module) -> nn.Module:
+    """What a proof runs: the base, or the whole of a sharded model, whose parameters are there only in its forward."""
+    if not torch.distributed.is_available():
+        return unwrap(model)
+    from torch.distributed.fsdp import FSDPModule  # loads much, and is needed once a model
+
+    return model if isinstance(model, FSDPModule) else unwrap(model)
+
+
+def _prove(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> LogitRule | str:
     """The rule, or why there is none."""
     planted: list[Tensor] = []
     own = head.forward
@@ -254,13 +263,13 @@ def _prove(base: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> Logit
         return planted[-1]
 
     try:
-        with torch.no_grad(), _evaluating(base), seeded(0, "proof"), replaced(head, plant):
-            logits = logits_of(base(**_first_tokens(inputs)))
+        with torch.no_grad(), _evaluating(model), seeded(0, "proof"), replaced(head, plant):
+            logits = logits_of(model(**_first_tokens(inputs)))
     except (ModelError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         return f"a few tokens alone fail ({type(error).__name__}: {error})"
     if len(planted) != 1:
         return f"it calls its head {len(planted)} times in one forward, expected 1"
-    return _matching(logits, planted[0], _candidates(base))
+    return _matching(logits, planted[0], _candidates(unwrap(model)))
 
 
 def _matching(logits: Tensor, planted: Tensor, rules: list[LogitRule]) -> LogitRule | str:
@@ -297,7 +306,7 @@ def _first_tokens(inputs: Mapping[str, Any], tokens: int = 4) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no dropout of the base draws a number and no statistic moves."""
+    """Inside, no dropout draws a number and no statistic moves; grafts beside a base may still draw."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

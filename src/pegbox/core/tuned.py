@@ -17,6 +17,7 @@ from pegbox.core.errors import CannotDisable, CannotMerge, CannotMix, MethodErro
 from pegbox.core.graft import CopyGraft
 from pegbox.core.method import Anatomy, Method
 from pegbox.core.settings import check
+from pegbox.core.sharded import copy_whole
 from pegbox.core.site import Base, Site
 
 
@@ -278,7 +279,7 @@ class Tuned(nn.Module):
         want = self.state(name)
         check_fit(state, want, "the adapter")
         for key, value in want.items():
-            value.copy_(state[key])
+            copy_whole(value, state[key])
 
     def save(self, directory: Any, name: str | None = None) -> None:
         """Write an adapter as `adapter_config.json` and `adapter_model.safetensors` (see `pegbox.core.files`)."""

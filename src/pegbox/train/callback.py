@@ -130,12 +130,15 @@ class Callback(TrainerCallback):
             save_adapters(self.tuned, Path(args.output_dir))
 
 
-def save_adapters(tuned: Tuned, folder: Path, **extra: Any) -> None:
-    """Write the adapters in use: into `folder`, or, where they are several, each into a folder of its name there."""
+def save_adapters(tuned: Tuned, folder: Path, *, writes: bool = True, **extra: Any) -> None:
+    """Write the adapters in use: into `folder`, or, where they are several, each into a folder of its name there.
+
+    Args: as of `pegbox.core.files.save`.
+    """
     from pegbox.core.files import save
 
     for name, place in places(tuned, folder).items():
-        save(tuned, place, name, **extra)
+        save(tuned, place, name, writes=writes, **extra)
 
 
 def places(tuned: Tuned, folder: Path) -> dict[str, Path]:

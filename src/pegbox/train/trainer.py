@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from pegbox import methods, objectives
@@ -28,6 +29,7 @@ from pegbox.train.callback import Callback, places, save_adapters
 from pegbox.train.evaluation import Measure, evaluate
 from pegbox.train.identity import identity
 from pegbox.train.sampler import SimilarLengths
+from pegbox.train.sharding import shard_on_cpu
 
 Loss = Callable[..., Losses]
 
@@ -95,6 +97,12 @@ class Trainer(transformers.Trainer):
             *inspect.signature(type(unwrap(tuned)).forward).parameters,
             *READ_HERE,
         ]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            shard_on_cpu(self.accelerator, self.args)
+            self.is_fsdp_enabled = self.accelerator.state.fsdp_plugin is not None
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -223,8 +231,19 @@ class Trainer(transformers.Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapters in use; the base is not written."""
-        if self.args.should_save:
-            save_adapters(self.tuned, Path(output_dir or str(self.args.output_dir)), **self.extra)
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save or self.is_fsdp_enabled:
+            save_adapters(self.tuned, folder, writes=self.args.should_save, **self.extra)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Of a sharded model transformers would write the base as well."""
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        return None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Into another folder first; renamed when complete."""

@@ -1,0 +1,38 @@
+"""Two processes on gloo reach what one reaches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pegbox
+
+from . import distributed, tiny
+
+
+def test_two_processes_reach_the_loss_of_one(tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("distributed.py"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run(
+        [*launch, str(tmp_path)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["ddp"]["as"] == "DistributedDataParallel"
+    assert found["fsdp2"]["as"] == "FSDPTuned"
+    for name, (method, _) in distributed.JOBS.items():
+        alone = distributed.job(tmp_path / f"{name} alone", method, 1)
+        assert found[name]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+        assert found[name]["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+        assert found[f"{name} resumed"]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+        ours, theirs = (pegbox.load(tiny.llama(), tmp_path / folder) for folder in (name, f"{name} alone"))
+        for key, value in ours.state().items():
+            assert torch.allclose(value, theirs.state()[key], atol=1e-3), key
+        held = {path.name for path in (tmp_path / name / "checkpoint-10").iterdir()}
+        assert not held & {"pytorch_model_fsdp.bin", "model.safetensors"}  # no base
