@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench mutants docs setup clean
+.PHONY: demo test lint bench effects mutants docs setup clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)  ## paired benchmarks against HF PEFT; rewrites docs/benchmarks.md
 	$(BIN)/python -m benchmarks
+
+effects: $(STAMP)  ## every method's effect on real data (about 10 minutes); rewrites docs/comparison.md
+	$(BIN)/python -m benchmarks.effects
+	$(BIN)/python docs/generate.py
 
 mutants: $(STAMP)  ## plant one defect per conformance check and see it caught
 	$(BIN)/python -m tests.mutants

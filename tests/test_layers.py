@@ -12,7 +12,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 PACKAGE = SRC / "pegbox"
 LAYERS = [  # from the top; a module imports from its own layer and from those below
-    ("cli",),
+    ("cli", "__main__"),
     ("recipes",),
     ("evaluate",),
     ("train",),
