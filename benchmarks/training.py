@@ -1,0 +1,129 @@
+"""One optimizer step, repeated: Pegbox's and PEFT's side of every method that both have."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import memory
+from benchmarks.models import ALPHA, RANK, batch, llama
+
+LEARNING_RATE = 1e-4
+PROMPT_TOKENS = 20
+
+Loss = Callable[[], Tensor]
+Side = Callable[[nn.Module, str], tuple[nn.Module, Loss]]
+
+
+def measure(library: str, method: str, dtype: str, steps: int, forward: bool) -> dict[str, Any]:
+    """Seconds of `steps` optimizer steps after one to warm up, the peak memory until then, and the forward's seconds.
+
+    The forward alone is the base's, without adapters, with its own loss and without gradients; it is timed last, so
+    that its logits do not count as the step's memory.
+
+    Args:
+        library: `pegbox` or `peft`.
+        forward: whether to time the forward too.
+    """
+    model = llama(dtype, biases=method == "bitfit").train()
+    side: Side = {"pegbox": _pegbox, "peft": _peft}[library]
+    before = memory.resident()
+    memory.forget_peak()
+    tuned, loss = side(model, method)
+    step = _stepper(loss, (p for p in tuned.parameters() if p.requires_grad))
+    first = step()
+    seconds = [_timed(step) for _ in range(steps)]
+    peak = memory.peak()
+    alone = {"forward": min(_timed(_base_forward(library, tuned)) for _ in range(3))} if forward else {}
+    return alone | {
+        "step": statistics.median(seconds),
+        "steps": seconds,
+        "peak": peak,
+        "above_model": peak - before,
+        "first_loss": first,
+        "trained": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+    }
+
+
+def _stepper(loss: Loss, parameters: Iterable[nn.Parameter]) -> Callable[[], float]:
+    optimizer = torch.optim.AdamW(list(parameters), lr=LEARNING_RATE)
+
+    def step() -> float:
+        value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item()
+
+    return step
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _base_forward(library: str, tuned: Any) -> Callable[[], Any]:
+    data = batch()
+    disabled = tuned.disabled if library == "pegbox" else tuned.disable_adapter
+
+    @torch.no_grad()
+    def forward() -> Any:
+        with disabled():
+            return (tuned.model if library == "pegbox" else tuned)(**data, use_cache=False).loss.item()
+
+    return forward
+
+
+# -- the two sides -------------------------------------------------------------------------------------------------
+
+
+def _pegbox(model: nn.Module, method: str) -> tuple[nn.Module, Loss]:
+    import pegbox
+    from pegbox import objectives
+
+    settings: dict[str, dict[str, Any]] = {
+        "lora": {"rank": RANK, "alpha": ALPHA},
+        "dora": {"rank": RANK, "alpha": ALPHA},
+        "miss": {"rank": RANK},
+        "bitfit": {"targets": "all-linear"},
+        "prompt_tuning": {"tokens": PROMPT_TOKENS},
+    }
+    tuned, objective, data = pegbox.tune(model, method, **settings[method]), objectives.get("causal_lm"), batch()
+
+    def loss() -> Tensor:
+        losses = list(objective(tuned, data).values())
+        return torch.stack(losses).sum()
+
+    return tuned, loss
+
+
+def _peft(model: nn.Module, method: str) -> tuple[nn.Module, Loss]:
+    from peft import get_peft_model
+
+    tuned, data = get_peft_model(model, _peft_config(method)), batch()
+    return tuned, lambda: tuned(**data, use_cache=False).loss
+
+
+def _peft_config(method: str) -> Any:
+    """BEFT, a trained vector added to the output of each linear, is PEFT's nearest to BitFit: the same parameters.
+
+    `LoraConfig(bias="all")` trains biases only beside LoRA factors, and LN tuning trains norms.
+    """
+    from peft import BeftConfig, LoraConfig, MissConfig, PromptTuningConfig, TaskType
+
+    linears: dict[str, Any] = {"target_modules": "all-linear", "task_type": TaskType.CAUSAL_LM}
+    makers: dict[str, Callable[[], Any]] = {
+        "lora": lambda: LoraConfig(r=RANK, lora_alpha=int(ALPHA), **linears),
+        "dora": lambda: LoraConfig(r=RANK, lora_alpha=int(ALPHA), use_dora=True, **linears),
+        "miss": lambda: MissConfig(r=RANK, **linears),
+        "bitfit": lambda: BeftConfig(**linears),
+        "prompt_tuning": lambda: PromptTuningConfig(num_virtual_tokens=PROMPT_TOKENS, task_type=TaskType.CAUSAL_LM),
+    }
+    return makers[method]()
