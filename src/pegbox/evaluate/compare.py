@@ -144,6 +144,8 @@ class _Work:
             self.progress.say(f"baselines  no linear probe: {missing}")
         else:
             found["linear probe"] = probe.logits(test.values)
+            right = float(probe.logits(valid.values).argmax(-1).eq(valid.labels).float().mean())
+            self.progress.say(f"baselines  linear probe, C={probe.penalty:g}: validation accuracy {right:.4f}")
             bench.probe = probe if self.settings.warm_start else None
         return {name: {"right": logits.argmax(-1).eq(labels).double()} for name, logits in found.items()}
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from pegbox.objectives.objective import Objective
 
-Words = Literal["auto", "causal_lm", "sft", "sequence_classification", "regression", "token_classification"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
@@ -40,7 +38,9 @@ class EvalSettings:
     model: str | None = setting(None, "a whole model, or the base where the adapter does not name it")
     data: str = setting("", "a file, a folder of files, or a hub id")
     output: str | None = setting(None, "JSON file for the numbers")
-    objective: Words = setting("auto", "what is measured; read off the adapter or the data if auto")
+    objective: Literal["auto", "causal_lm", "sft", "sequence_classification", "regression", "token_classification"] = (
+        setting("auto", "what is measured; read off the adapter or the data if auto")
+    )
     columns: Mapping[str, str] = field(default_factory=dict, metadata={"help": "renames columns: theirs to ours"})
     limit: int | None = setting(None, "use only the first so many examples", at_least=1)
     template: str | None = setting(None, "chat template by name, for a tokenizer that has none of its own")
@@ -144,9 +144,8 @@ def _rows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[Any], Any, Objective]:
     """Rows sorted by length, what makes batches of them, and the objective."""
-    name = (
-        settings.objective if settings.objective != "auto" else noted.get("objective") or OBJECTIVES.get(examples.kind)
-    )
+    natural = noted.get("objective") or OBJECTIVES.get(examples.kind)
+    name = natural if settings.objective == "auto" else settings.objective
     if name is None:
         raise DataError(f"{examples.source} holds {examples.kind} data, which no objective here measures")
     base: Any = model.model if isinstance(model, Tuned) else model

@@ -13,8 +13,8 @@ from typing import Literal
 from pegbox.core.method import Method
 
 RATIO = 10**0.5  # of neighbours: two a decade
-BASE, ADAPTER = 1e-4, 1e-3  # Devlin et al. (2018) tune at 2e-5..5e-5 for epochs; short runs take more
-CENTRES = {"bitfit": 3e-3, "prompt_tuning": 3e-2}  # where trained vectors need more
+BASE, ADAPTER = 5e-5, 1e-3  # Devlin et al. (2018) tune BERT at 2e-5 to 5e-5
+CENTRES = {"bitfit": 3e-3, "miss": 3e-4, "bat": 3e-4, "prompt_tuning": 3e-2}
 
 Edge = Literal["lowest", "highest"]
 

