@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import pegbox
 from pegbox.core import Traits, Tuned
 from pegbox.core.errors import AdapterError, SettingsError
+from pegbox.data.collate import PadCollator
 from pegbox.methods.lora import LoRA
 from pegbox.objectives.objective import Batch
 
@@ -137,11 +139,17 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, method: str, ree
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracer does it
-def test_a_compiled_run_is_the_same_run(tmp_path: Path) -> None:
-    plain = tiny.trainer(tmp_path, max_steps=3)
-    compiled = tiny.trainer(tmp_path, max_steps=3, torch_compile=True, torch_compile_backend="aot_eager")
+def test_a_compiled_run_is_the_same_run_in_one_graph(tmp_path: Path) -> None:
+    collate = PadCollator(tiny.PAD, pad_to_multiple_of=32)
+    plain = tiny.trainer(tmp_path, max_steps=3, data_collator=collate)
+    compiled = tiny.trainer(
+        tmp_path, max_steps=3, data_collator=collate, torch_compile=True, torch_compile_backend="aot_eager"
+    )
     plain.train()
+    counters.clear()
     compiled.train()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
     assert tiny.losses(compiled) == pytest.approx(tiny.losses(plain), abs=1e-4)
 
 

@@ -81,7 +81,11 @@ def arguments(folder: Path | str, **changes: Any) -> TrainingArguments:
 
 
 def trainer(folder: Path | str, tuned: Tuned | None = None, objective: Any = "causal_lm", **changes: Any) -> Trainer:
-    own = {k: changes.pop(k) for k in ("eval_dataset", "metrics", "callbacks", "train_dataset") if k in changes}
+    own = {
+        k: changes.pop(k)
+        for k in ("eval_dataset", "metrics", "callbacks", "train_dataset", "data_collator")
+        if k in changes
+    }
     tuned = tuned if tuned is not None else pegbox.tune(llama(), "lora", rank=4)
     args = arguments(folder, **changes)
     return Trainer(tuned, objective, args, **{"train_dataset": rows(), "data_collator": COLLATE} | own)

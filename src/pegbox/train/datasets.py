@@ -37,6 +37,7 @@ OBJECTIVES = {
     "tagging": "token_classification",
 }
 LANGUAGE = ("sft", "causal_lm")
+WIDTHS = 6  # of batches under torch.compile, which traces each anew and gives up after eight
 REJECTED, REJECTED_VALID = "rejected.jsonl", "rejected_valid.jsonl"
 
 
@@ -157,22 +158,21 @@ def rows(found: Source, settings: RunSettings, model: nn.Module, tokenizer: Toke
         DataError: no row is left.
         ModelError: packing for a model or a method that cannot have it.
     """
-    pad = tokenizer.pad_token_id
-    assert isinstance(pad, int)
+    pad: Any = (tokenizer.pad_token_id, -(-settings.max_length // WIDTHS) if settings.compile else None)
     if settings.packing:
         _check_packing(found, settings, model, method)
     if settings.streaming:
         stream = _Stream(found.train, settings, tokenizer)
-        return Rows(stream, _encode(found.valid, found, settings, tokenizer), PadCollator(pad))
+        return Rows(stream, _encode(found.valid, found, settings, tokenizer), PadCollator(*pad))
     train = _encode(found.train, found, settings, tokenizer)
     valid = _encode(found.valid, found, settings, tokenizer)
     assert train is not None
     if settings.packing:
         packing = pack(train, settings.max_length, seed=settings.seed)
         held = pack(valid, settings.max_length, seed=settings.seed).rows if valid else None
-        return Rows(packing.rows, held, PackedCollator(pad), [f"packed: {packing}"])
+        return Rows(packing.rows, held, PackedCollator(*pad), [f"packed: {packing}"])
     classifies = found.objective in ("sequence_classification", "regression")
-    return Rows(train, valid, LabelCollator(pad) if classifies else PadCollator(pad))
+    return Rows(train, valid, LabelCollator(*pad) if classifies else PadCollator(*pad))
 
 
 def _check_packing(found: Source, settings: RunSettings, model: nn.Module, method: Method) -> None:
