@@ -128,18 +128,17 @@ def test_rule_is_proven_and_loss_equal(name: str) -> None:
 
 
 def test_proof_happens_once_and_leaves_the_model_alone() -> None:
-    model, (inputs, _) = llama(), batch()
-    model.train()
-    model.model.layers[0].eval()
-    calls: list[int] = []
-    model.model.register_forward_hook(lambda *_: calls.append(1))
+    model, (inputs, _) = gpt2().train(), batch()  # with dropout
+    model.transformer.h[0].eval()
+    training: list[bool] = []
+    model.transformer.register_forward_hook(lambda module, *_: training.append(module.training))
     state = torch.get_rng_state()
     logit_rule(model, inputs)
     logit_rule(model, inputs)
-    assert len(calls) == 1
+    assert training == [False]  # one run, in which no statistic moves
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
-    assert not model.model.layers[0].training
+    assert not model.transformer.h[0].training
     assert "forward" not in model.lm_head.__dict__
 
 
@@ -220,6 +219,13 @@ def test_model_without_a_head_gives_full_logits(caplog: pytest.LogCaptureFixture
     expected = F.cross_entropy(model[1](model[0](inputs["input_ids"])).flatten(0, 1), labels.flatten())
     torch.testing.assert_close(loss, expected)
     assert output.shape == (3, 12, V)
+
+
+def test_full_logits_of_virtual_tokens_are_cut_off() -> None:
+    model, (inputs, labels) = Odd(after=lambda z: nn.functional.pad(z, (0, 0, 3, 0)), calls=2), batch()
+    loss, _ = through_head(model, inputs, 12, mean_loss(labels))
+    logits = model(**inputs)["logits"][:, 3:]
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
 @pytest.mark.parametrize("output", ["object", "mapping", "tuple", "tensor"])
