@@ -19,6 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## compare four methods on banking77, save and prove the winner (about 5 minutes)
 	$(BIN)/pegbox demo
 
+# One thread a test process: two processes of two threads on two cores mostly wait for one another.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## the whole suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

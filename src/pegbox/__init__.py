@@ -25,7 +25,19 @@ _WHERE = {
     "PegboxError": "pegbox.core.errors",
 }
 
-__all__ = ["Callback", "Method", "PegboxError", "Stack", "Sum", "Trainer", "Tuned", "__version__", "load", "method", "tune"]
+__all__ = [
+    "Callback",
+    "Method",
+    "PegboxError",
+    "Stack",
+    "Sum",
+    "Trainer",
+    "Tuned",
+    "__version__",
+    "load",
+    "method",
+    "tune",
+]
 
 if TYPE_CHECKING:
     from pegbox.api import load, method, tune

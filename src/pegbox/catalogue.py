@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """One method as plain values: name, title, arXiv id, text with the equation, card, seams, traits, settings schema, docs page."""
+    """One method as plain values: what its file says, its card, seams, traits, schema of settings and docs page."""
     cls = methods.get(name)
     title, _, body = module_text(cls).partition("\n\n")
     traits = dataclasses.asdict(cls.traits)
