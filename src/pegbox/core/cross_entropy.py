@@ -32,7 +32,7 @@ from pegbox.core.errors import SettingsError, did_you_mean
 MIB = 1 << 20
 CHUNK_BYTES = 32 * MIB  # of logits; larger chunks are no faster once the matrix product is bound by arithmetic
 TRAINED_CHUNK_BYTES = 64 * MIB  # when W trains: each chunk also passes once over its (V, D) gradient
-BLOCK_BYTES = 2 * MIB  # of statistics on a CPU; a block stays in the second-level cache between passes
+BLOCK_BYTES = 16 * MIB  # of float32 statistics of half-precision logits on a CPU; smaller blocks only wait for threads
 DEFAULT_CHUNK = 256  # tokens at once through a head of unknown width
 WIDENED_BYTES = 128 * MIB  # the largest float32 copy of W made where that is the faster way to multiply
 PRODUCT_BYTES = 16 * MIB  # of one slice of a half-precision product on its way into the float32 gradient of W
@@ -398,14 +398,15 @@ def _add_product(total: Tensor, e: Tensor, x: Tensor) -> None:
 def _losses_and_errors(z: Tensor, y: Tensor, rule: LogitRule, smoothing: float, wants_errors: bool) -> Tensor:
     """Losses (c,) of raw logits z (c, V), which become d loss / d (scale * logits) if that is wanted."""
     dtype = _statistics(z.dtype)
-    row_bytes = z.shape[1] * dtype.itemsize
-    step = max(1, BLOCK_BYTES // row_bytes) if z.device.type == "cpu" else len(z)
-    scratch = None if z.dtype == dtype else z.new_empty(min(step, len(z)), z.shape[1], dtype=dtype)
+    if z.dtype == dtype:
+        return _block_losses(z, y, rule, smoothing)
+    step = max(1, BLOCK_BYTES // (z.shape[1] * dtype.itemsize)) if z.device.type == "cpu" else len(z)
+    scratch = z.new_empty(min(step, len(z)), z.shape[1], dtype=dtype)
     losses = z.new_empty(len(z), dtype=dtype)
     for part, target, out in zip(z.split(step), y.split(step), losses.split(step), strict=True):
-        block = part if scratch is None else scratch[: len(part)].copy_(part)
+        block = scratch[: len(part)].copy_(part)
         out.copy_(_block_losses(block, target, rule, smoothing))
-        if wants_errors and scratch is not None:
+        if wants_errors:
             part.copy_(block)
     return losses
 
