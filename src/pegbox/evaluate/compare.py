@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from pegbox.core import Tuned, files
 from pegbox.core.errors import MissingExtra, SettingsError
-from pegbox.evaluate import grid
+from pegbox.evaluate import grid, memory
 from pegbox.evaluate.baselines import linear_probe, majority
 from pegbox.evaluate.bench import Bench
 from pegbox.evaluate.compare_settings import CompareSettings, built
@@ -49,7 +49,9 @@ def compare(settings: CompareSettings) -> Comparison:
     if settings.overwrite and (output / "compare.json").is_file():
         shutil.rmtree(output)
     with Progress() as progress:
-        done = _Work(settings, progress).all()
+        work = _Work(settings, progress)
+        with memory.settled():
+            done = work.all()
     done.save(output)
     progress.show(done)
     return done

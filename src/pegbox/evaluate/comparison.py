@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
@@ -35,7 +36,7 @@ class Entry:
         rate: the best learning rate; edge: whether it was the lowest or highest tried.
         tried: validation metric by rate.
         trained, size, peak, seconds, per_row: parameters, adapter bytes, memory bytes, seconds of training and of
-            predicting a row; means or, for memory, the largest over seeds.  None for baselines.
+            predicting a row; medians or, for memory, the largest over seeds.  None for baselines.
     """
 
     name: str
@@ -130,7 +131,7 @@ class Comparison:
         out = [
             *self.budget,
             f"± is half a 95 % interval over {spread} (see pegbox.evaluate.statistics); 'less probe' is on the same "
-            "rows; memory is the whole process's, a row's time that of batches; "
+            "rows; memory is the whole process's, times are medians over seeds, a row's that of batches; "
             f"{self.cores} cores",
             f"winner by the validation rows: {self.winner}; " + self._against(),
         ]
@@ -153,15 +154,16 @@ class Comparison:
         )
 
     def _probe(self) -> str:
-        methods = [e for e in self.entries if e.over_probe is not None]
-        ahead = [e.name for e in methods if e.over_probe is not None and e.over_probe.low > 0]
-        if len(ahead) == len(methods):
-            return "every method is surely ahead of the linear probe on the frozen model"
-        behind = [e.name for e in methods if e.name not in ahead]
-        return (
-            f"within this budget {', '.join(behind)} cannot be told from the linear probe on the frozen model, or "
-            f"is behind it{f'; surely ahead: {chr(44).join(ahead)}' if ahead else ''}"
-        )
+        """How the methods stand to the linear probe, nothing hidden."""
+        over = {e.name: e.over_probe for e in self.entries if e.over_probe is not None}
+        groups = {
+            "surely ahead": [n for n, d in over.items() if d.low > 0],
+            "surely behind": [n for n, d in over.items() if d.high < 0],
+            "not told apart": [n for n, d in over.items() if d.low <= 0 <= d.high],
+        }
+        told = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
+        end = "" if groups["surely ahead"] else "; within this budget the probe is as good, and it is cheaper"
+        return f"against the linear probe on the frozen model: {told}{end}"
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -235,8 +237,8 @@ def conclude(
             trained=runs[0].trained,
             size=round(mean([r.size for r in runs])),
             peak=max((r.peak for r in runs if r.peak), default=None),
-            seconds=mean([r.seconds for r in runs]),
-            per_row=mean([r.per_row or 0.0 for r in runs]),
+            seconds=median(r.seconds for r in runs),
+            per_row=median(r.per_row or 0.0 for r in runs),
         )
         for name, runs in seeds.items()
     ]
