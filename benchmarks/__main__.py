@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -32,7 +33,10 @@ def main() -> int:
         return 0
     if options.report:
         return _write(known, _results())
-    missed = [name for name in options.pairs or known if not _run(known[name])]
+    chosen = [known[name] for name in options.pairs or known]
+    if options.rounds:
+        chosen = [dataclasses.replace(pair, rounds=options.rounds) for pair in chosen]
+    missed = [pair.name for pair in chosen if not _run(pair)]
     _write(known, _results())
     print(f"\n{PAGE} written; " + (f"missed: {', '.join(missed)}" if missed else "every bar met"))
     return int(bool(missed))
@@ -41,6 +45,7 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("pairs", nargs="*", help="pairs to run; all if none")
+    parser.add_argument("--rounds", type=int, help="rounds of each pair, instead of the pair's own number")
     parser.add_argument("--list", action="store_true", help="name the pairs and stop")
     parser.add_argument("--report", action="store_true", help="write the page from kept results and stop")
     return parser.parse_args()

@@ -1,4 +1,7 @@
-"""The measured effect of every method, on one real model and one real data set: `make effects`.
+"""The measured effect of methods on one real model and one real data set.
+
+    python -m benchmarks.effects            # every method: `make effects`, about 10 minutes
+    python -m benchmarks.effects --of-demo  # quote what `make demo` has just written, in the README too
 
 Writes docs/comparison.md and docs/results/effects.json, from which the methods' pages quote.
 """
@@ -9,13 +12,14 @@ import json
 import sys
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
-RUN = Path("runs/effects")
-COMMAND = "make effects"
+ROOT = Path(__file__).parents[1]
+DOCS, README = ROOT / "docs", ROOT / "README.md"
+RUN, DEMO = Path("runs/effects"), Path("runs/demo")
 SETTING = (
-    "all-MiniLM-L6-v2 on banking77 (77 intents, 20 training examples of each, the official test questions), the "
-    "classifier started from the linear probe; the same learning-rate trials for every method, then three seeds."
+    "all-MiniLM-L6-v2 on banking77 (77 intents, 20 training examples of each, the test questions), the classifier "
+    "started from the linear probe; the same learning-rate trials for every method, then three seeds."
 )
+BEGIN, END = "<!-- demo table -->", "<!-- end of the demo table -->"
 # Sizes near one another where the method has a size; the others as they come.
 OWN = {
     "lora.rank": 8,
@@ -28,6 +32,18 @@ OWN = {
 
 
 def main() -> int:
+    if "--of-demo" in sys.argv:
+        table = (DEMO / "table.md").read_text()
+        quote(table, "make demo")
+        before, _, rest = README.read_text().partition(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{table}{END}{rest.partition(END)[2]}")
+        return 0
+    quote(compared(), "make effects")
+    return 0
+
+
+def compared() -> str:
+    """Every method of the registry at one budget; the table."""
     from pegbox import methods
     from pegbox.evaluate.compare import compare
     from pegbox.evaluate.compare_settings import compare_settings
@@ -36,38 +52,22 @@ def main() -> int:
     demo.check_model()
     RUN.mkdir(parents=True, exist_ok=True)
     base = demo.settings(RUN)
-    values = {
-        "model": base.model,
-        "data": base.data,
-        "test": base.test,
-        "output": str(RUN),
-        "methods": methods.names(),
-        "trials": 4,
-        "seeds": 3,
-        "trial_steps": 24,
-        "max_steps": 48,
-        "batch_size": 32,
-        "schedule": "linear",
-        "warmup": 0.1,
-        "valid_share": 0.2,
-        "max_length": 64,
-        "warm_start": True,
-        "dtype": "float32",
-        **OWN,
-    }
-    result = compare(compare_settings(values))
-    (DOCS / "results").mkdir(exist_ok=True)
-    header = result.header
-    rows = {
-        e.name: f"| {' | '.join(header)} |\n| {' | '.join(['---'] * len(header))} |\n| {' | '.join(result.cells(e))} |"
-        for e in result.entries
-    }
-    record = {"command": COMMAND, "setting": SETTING, "methods": rows}
-    (DOCS / "results" / "effects.json").write_text(json.dumps(record, indent=2) + "\n")
-    table = (RUN / "table.md").read_text()
-    title = f"# Comparison\n\n{SETTING} Made by `{COMMAND}`.\n\n"
+    shared = ("model", "data", "test", "batch_size", "schedule", "warmup", "valid_share", "max_length", "warm_start")
+    values = {name: getattr(base, name) for name in shared}
+    values |= {"output": str(RUN), "dtype": "float32", "optimizer": base.optimizer, "methods": methods.names()}
+    values |= {"trials": 4, "seeds": 3, "trial_steps": 30, "max_steps": 90, **OWN}
+    return compare(compare_settings(values)).markdown()
+
+
+def quote(table: str, command: str) -> None:
+    """Write the page of all methods, and the line of each for its own page."""
+    title = f"# Comparison\n\n{SETTING} Made by `{command}`.\n\n"
     (DOCS / "comparison.md").write_text(title + table)
-    return 0
+    header, rule, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    lines = {row.split("|")[1].strip(" *"): f"{header}\n{rule}\n{row}" for row in rows}
+    (DOCS / "results").mkdir(exist_ok=True)
+    record = {"command": command, "setting": SETTING, "methods": lines}
+    (DOCS / "results" / "effects.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
