@@ -7,6 +7,7 @@ their own rows, group by group, inside the site.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pegbox.core.cpu import linear
 from pegbox.core.errors import CannotMix
 from pegbox.core.graft import Graft, LowRankGraft
 from pegbox.core.low_rank import as_matrix
@@ -47,25 +49,41 @@ def _check_rows(site: Site, rows: Rows, args: tuple[Any, ...], kwargs: dict[str,
 
 def _low_rank_rows(site: Site, used: list[LowRankGraft | None], x: Tensor) -> Tensor:
     """x: (B, ..., in) -> (B, ..., out)."""
-    y = site.original(x)
-    down, up = _gathered(site, used, x)  # (B, r, in), (B, out, r)
+    weight, bias = site.linear_parameters({})
+    down, up = _gathered(site, used, x)  # (B, r, in), (B, r, out)
     rows = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, t, in)
     h = torch.bmm(rows, down.transpose(1, 2))  # (B, t, r)
-    flat = y.reshape(y.shape[0], -1, y.shape[-1])
     if torch.is_grad_enabled():
-        return torch.baddbmm(flat, h, up.transpose(1, 2)).view(y.shape)
-    return flat.baddbmm_(h, up.transpose(1, 2)).view(y.shape)
+        y = torch.baddbmm(F.linear(rows, weight, bias), h, up)
+    else:
+        y = linear(rows.flatten(0, 1), weight, bias).view(*rows.shape[:2], -1).baddbmm_(h, up)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _gathered(site: Site, used: list[LowRankGraft | None], x: Tensor) -> tuple[Tensor, Tensor]:
     """Factors by row, the scale folded in, ranks padded with zeros to the largest; kept while nothing changes."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _gather(used, x)
-    versions = tuple((id(p), p._version) for g in used if g is not None for p in g.parameters())
-    key = (versions, tuple(map(id, used)), x.dtype)
-    if site.gathered is None or site.gathered[0] != key:
-        site.gathered = (key, _gather(used, x))
-    return site.gathered[1]
+    kept = site.gathered
+    if kept is None or not kept.fits(used, x):
+        parameters = [p for g in set(used) if g is not None for p in g.parameters()]
+        kept = site.gathered = Gathered(tuple(used), x.dtype, [(p, p._version) for p in parameters], _gather(used, x))
+    return kept.factors
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """Factors by row, and what they were gathered from."""
+
+    used: tuple[LowRankGraft | None, ...]
+    dtype: torch.dtype
+    versions: list[tuple[Tensor, int]]
+    factors: tuple[Tensor, Tensor]
+
+    def fits(self, used: list[LowRankGraft | None], x: Tensor) -> bool:
+        """Whether they are still those of `used`."""
+        same = self.dtype == x.dtype and all(map(operator.is_, self.used, used)) and len(self.used) == len(used)
+        return same and all(p._version == version for p, version in self.versions)
 
 
 def _gather(used: list[LowRankGraft | None], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,10 +91,10 @@ def _gather(used: list[LowRankGraft | None], x: Tensor) -> tuple[Tensor, Tensor]
     factors = []
     for graft in distinct:
         down, up, scale = graft.factors()
-        factors.append((as_matrix(down, x.shape[-1], up), scale * up))
-    rank = max(up.shape[1] for _, up in factors)
+        factors.append((as_matrix(down, x.shape[-1], up), scale * up.T))
+    rank = max(len(up) for _, up in factors)
     downs = [F.pad(down, (0, 0, 0, rank - down.shape[0])).to(x.dtype) for down, _ in factors]
-    ups = [F.pad(up, (0, rank - up.shape[1])).to(x.dtype) for _, up in factors]
+    ups = [F.pad(up, (0, 0, 0, rank - len(up))).to(x.dtype) for _, up in factors]
     if any(g is None for g in used):
         downs.append(torch.zeros_like(downs[0]))
         ups.append(torch.zeros_like(ups[0]))

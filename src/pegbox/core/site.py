@@ -22,6 +22,7 @@ from pegbox.core.low_rank import Down, low_rank_linear, low_rank_product
 
 if TYPE_CHECKING:
     from pegbox.core.graft import Graft
+    from pegbox.core.rows import Gathered
 
 MATRIX: tuple[type[nn.Module], ...] = (nn.Linear,)
 
@@ -44,7 +45,7 @@ class Site:
         self.path, self.module, self.context = path, module, context
         self.grafts: dict[str, Graft] = {}  # by adapter
         self.chain: tuple[Graft, ...] = ()  # those in use, innermost first
-        self.gathered: tuple[Any, tuple[Tensor, Tensor]] | None = None  # factors by row, kept by rows.py
+        self.gathered: Gathered | None = None  # factors by row, kept by rows.py
         self.original = module.forward
         self._patched_before = module.__dict__.get("forward")  # another library's patch, to put back
         self._bare = _Bare(module, module.forward)
