@@ -176,6 +176,21 @@ def test_language_models_are_compared_by_their_loss(
     assert "+" not in done.cells(done.entries[0])[1]
 
 
+def test_what_cannot_be_packed_is_refused_whoever_comes_first(bases: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("\n".join(f"line {k} of a text" for k in range(40)))
+    values = {"model": str(bases / "llama"), "data": str(tmp_path / "t.txt"), "output": str(tmp_path / "o")}
+    with pytest.raises(pegbox.PegboxError, match="prompt_tuning puts tokens"):
+        compare(compare_settings(values | {"methods": "lora,prompt_tuning", "packing": True, "max_steps": 1}))
+
+
+def test_rows_that_cannot_be_judged_are_told(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with Path(values["test"]).open("a") as file:
+        file.write('{"text": "what", "label": "unheard of"}\n')
+    settings = compare_settings(values)
+    Bench(settings, list(built(settings).values()), print)
+    assert "test       left out: 1 " in capsys.readouterr().out
+
+
 class Silent:
     """Progress that shows nothing."""
 

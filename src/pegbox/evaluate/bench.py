@@ -66,12 +66,13 @@ class Bench:
         self._loaded: Loaded | None = None
         loaded = self.loaded()
         self.base = fingerprint(loaded.model, without=loaded.new)
-        self.rows: Rows = rows(self.found, settings, loaded.model, loaded.tokenizer, methods[0])
+        strictest = next((m for m in methods if "tokens" in m.traits.seams), methods[0])  # they cannot be packed
+        self.rows: Rows = rows(self.found, settings, loaded.model, loaded.tokenizer, strictest)
         alone = dataclasses.replace(self.found, train=test, valid=None)
-        self.test = _by_length(
-            list(rows(alone, replace(settings, packing=False), loaded.model, loaded.tokenizer, methods[0]).train)
-        )
-        self.test_examples = test
+        plain = replace(settings, packing=False)
+        self.test = _by_length(list(rows(alone, plain, loaded.model, loaded.tokenizer, strictest).train))
+        if test.counts.rejected:
+            say(f"test       left out: {test.rejected.summary()}")
         self.valid = _by_length(list(self.rows.valid or ()))
         self.probe: Probe | None = None
 
