@@ -44,13 +44,16 @@ def _readings(pair: Pair, result: Mapping[str, Any] | None) -> list[Reading]:
 
 def _rows(pair: Pair, result: Mapping[str, Any] | None) -> list[str]:
     cells = [(r.bar.what, str(r), str(r.bar), verdict(r)) for r in _readings(pair, result)]
-    return [f"| **{pair.title}** (`{pair.name}`) | | | |", *(f"| {' | '.join(row)} |" for row in cells)]
+    rounds = f", rounds: {len(result['rounds'])}" if result else ""
+    return [f"| **{pair.title}** (`{pair.name}`{rounds}) | | | |", *(f"| {' | '.join(row)} |" for row in cells)]
 
 
 def verdict(reading: Reading) -> str:
     """One word for the table."""
     if not reading.bar.has_limit:
         return ""
+    if reading.median is None:
+        return "**not measured**"
     return "met" if reading.met else "**missed**"
 
 
@@ -61,7 +64,7 @@ def _missed(pairs: Mapping[str, Pair], readings: Mapping[str, list[Reading]]) ->
         for reading in of_pair
         if not reading.met
     ]
-    return "## Missed\n\n" + ("\n".join(lines) if lines else "No bar was missed.")
+    return "## Missed, or not measured\n\n" + ("\n".join(lines) if lines else "No bar was missed.")
 
 
 def _notes(pairs: Iterable[Pair]) -> str:

@@ -163,3 +163,31 @@ def test_decay_is_for_matrices_and_rates_for_those_who_ask(model: nn.Module) -> 
     assert sorted(g["lr"] for g in groups) == pytest.approx([0.01, 0.16])
     dora = pegbox.tune(llama(), "dora", rank=2).groups(lr=0.01, weight_decay=0.1)
     assert {g["weight_decay"] for g in dora} == {0.0, 0.1}
+
+
+def test_rows_drop_inputs_while_they_train() -> None:
+    tuned = shaken(pegbox.tune(llama(), "lora", rank=2, dropout=0.9)).train()
+    tuned.model.eval()
+    with tuned.rows(["default", None, "default"]):
+        first, second = tuned(input_ids=IDS).logits, tuned(input_ids=IDS).logits
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_a_forward_patched_by_another_library_still_runs(model: nn.Module) -> None:
+    layer: Any = model.get_submodule("model.layers.0.mlp.down_proj")
+    own, calls = layer.forward, []
+
+    def patched(x: Tensor) -> Tensor:
+        calls.append(1)
+        out: Tensor = own(x)
+        return out
+
+    layer.forward = patched
+    want = logits(model)
+    calls.clear()
+    tuned = pegbox.tune(model, "lora", rank=2)
+    assert torch.equal(logits(tuned), want)
+    assert calls
+    tuned.detach()
+    assert layer.forward is patched

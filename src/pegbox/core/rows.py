@@ -35,9 +35,14 @@ def run_rows(site: Site, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, An
     if not present:
         return site.original(*args, **kwargs)
     _check_rows(site, rows, args, kwargs)
-    if site.is_linear and not kwargs and all(isinstance(g, LowRankGraft) for g in present):
+    if site.is_linear and not kwargs and all(_is_plain_product(g) for g in present):
         return _low_rank_rows(site, used, args[0])  # type: ignore[arg-type]
     return _grouped_rows(site, used, args, kwargs)
+
+
+def _is_plain_product(graft: Graft) -> bool:
+    """Whether a graft only adds the product of its factors; while it drops inputs it does not."""
+    return isinstance(graft, LowRankGraft) and not (graft.training and graft.dropout)
 
 
 def _check_rows(site: Site, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

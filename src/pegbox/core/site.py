@@ -122,8 +122,11 @@ class Site:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the module computes exactly `F.linear(x, weight, bias)` from a plain tensor."""
-        return type(self.module) is nn.Linear or self.transposed
+        """Whether the module computes exactly `F.linear(x, weight, bias)` from a plain tensor.
+
+        Not so where another library has patched its forward, to bring its weights from elsewhere say.
+        """
+        return self._patched_before is None and (type(self.module) is nn.Linear or self.transposed)
 
     def linear_parameters(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias (out,) of a linear site, in the dtype the module keeps."""

@@ -62,7 +62,6 @@ class DoRA(Method):
 
     traits: ClassVar[Traits] = Traits(
         seams=("weight",),
-        card="s2ft",
         peft=PeftLayout(
             "LORA",
             tensors={"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"},

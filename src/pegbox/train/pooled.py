@@ -3,8 +3,7 @@
     logits = W mean_t h_t + b        over the tokens t that are not padding        h: (B, T, D)   W: (C, D)
 
 Sentence encoders such as all-MiniLM-L6-v2 were trained so; their `1_Pooling/config.json` says it.  The classifier that
-transformers builds on the same files reads the first token through a layer that this training never touched: on
-banking77 with 20 examples a class its linear probe is right on 86 % of the test rows, the mean's on 89 %.
+transformers builds on the same files reads the first token through a layer that this training never touched.
 
 This is a transformers model with a configuration of its own, so it saves, loads and merges as any other.  The file
 imports torch and transformers alone because it travels with saved models: where Pegbox is not installed they load with
