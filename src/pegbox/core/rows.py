@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pegbox.core.cpu import linear
 from pegbox.core.errors import CannotMix
 from pegbox.core.graft import Graft, LowRankGraft
 from pegbox.core.low_rank import as_matrix
@@ -58,10 +57,8 @@ def _low_rank_rows(site: Site, used: list[LowRankGraft | None], x: Tensor) -> Te
     down, up = _gathered(site, used, x)  # (B, r, in), (B, r, out)
     rows = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, t, in)
     h = torch.bmm(rows, down.transpose(1, 2))  # (B, t, r)
-    if torch.is_grad_enabled():
-        y = torch.baddbmm(F.linear(rows, weight, bias), h, up)
-    else:
-        y = linear(rows.flatten(0, 1), weight, bias).view(*rows.shape[:2], -1).baddbmm_(h, up)
+    y = F.linear(rows, weight, bias)  # (B, t, out)
+    y = torch.baddbmm(y, h, up) if torch.is_grad_enabled() else y.baddbmm_(h, up)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
