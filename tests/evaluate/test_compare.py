@@ -15,7 +15,7 @@ import pegbox
 from pegbox.core.errors import SettingsError
 from pegbox.evaluate import compare as module
 from pegbox.evaluate.bench import Bench
-from pegbox.evaluate.compare import compare
+from pegbox.evaluate.compare import compare, majority
 from pegbox.evaluate.compare_settings import built, compare_settings
 from pegbox.evaluate.comparison import Comparison
 from pegbox.evaluate.opened import open_adapter
@@ -213,3 +213,8 @@ class Silent:
 def test_mistakes(values: dict[str, Any], changed: dict[str, Any], told: str) -> None:
     with pytest.raises(pegbox.PegboxError, match=told):
         compare(compare_settings({k: v for k, v in values.items() if k != "lora.rank"} | changed))
+
+
+def test_majority() -> None:
+    logits = majority(torch.tensor([0, 2, 2]), rows=4, classes=3)
+    assert logits.argmax(-1).tolist() == [2] * 4

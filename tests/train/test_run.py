@@ -68,6 +68,19 @@ def test_a_classifier_from_a_file_of_labels(bert: Path, tmp_path: Path, capsys: 
     assert (out / "tokenizer.json").is_file()
 
 
+def test_a_warm_start_is_the_linear_probe(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = jsonl(tmp_path / "mood.jsonl", sentences(80))
+    done = run(bert, data, tmp_path / "out", valid_share=0.25, warm_start=True, learning_rate=1e-8)
+    assert "starts from a linear probe" in capsys.readouterr().out
+    assert done.metrics["accuracy"] > 0.8  # two steps of next to nothing: what is known is the probe's
+
+
+def test_a_warm_start_needs_a_classifier(llama: Path, tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "text.jsonl", [{"text": "one two three"}] * 8)
+    with pytest.raises(SettingsError, match="warm_start"):
+        run(llama, data, tmp_path / "out", warm_start=True)
+
+
 def test_the_saved_adapter_is_the_trained_one(bert: Path, tmp_path: Path) -> None:
     """On a base whose head was drawn otherwise: the head travels with the adapter."""
     done = run(bert, jsonl(tmp_path / "mood.jsonl", sentences()), tmp_path / "out")

@@ -21,21 +21,19 @@ from pegbox.core.errors import SettingsError
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import split_names
 from pegbox.data.examples import read, split
-from pegbox.evaluate import baselines, memory
-from pegbox.evaluate.baselines import Features, Probe
+from pegbox.evaluate import memory
 from pegbox.objectives.objective import Objective
 from pegbox.train.arguments import arguments
 from pegbox.train.datasets import Rows, Source, rows, source
 from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
+from pegbox.train.probe import ROWS_AT_ONCE, Features, Probe, features, head, put
 from pegbox.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from pegbox.evaluate.compare_settings import CompareSettings
-
-ROWS_AT_ONCE = 64  # of one forward without gradients
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,7 @@ class Bench:
             with seeded(seed, f"new/{path}"):
                 module.reset_parameters()
         if self.probe is not None:
-            head = anatomy.of(loaded.model).head
-            baselines.put(self.probe, loaded.model.get_submodule(str(head)))
+            put(self.probe, head(loaded.model))
 
     # -- one run ---------------------------------------------------------------------------------------------------
 
@@ -193,7 +190,7 @@ class Bench:
 
     def features(self, held: Sequence[Any]) -> Features:
         """What the untouched base's head reads."""
-        return baselines.features(self.loaded().model.eval(), held, self.rows.collate, ROWS_AT_ONCE)
+        return features(self.loaded().model, held, self.rows.collate)
 
     @property
     def training_rows(self) -> list[Any]:

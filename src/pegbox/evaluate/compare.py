@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from pegbox.core import Tuned, files
 from pegbox.core.errors import MissingExtra, SettingsError
 from pegbox.evaluate import grid, memory
-from pegbox.evaluate.baselines import linear_probe, majority
 from pegbox.evaluate.bench import Bench
 from pegbox.evaluate.compare_settings import CompareSettings, built
 from pegbox.evaluate.comparison import Comparison, conclude
 from pegbox.evaluate.progress import Progress
 from pegbox.evaluate.run_log import Finished, Run, RunLog, Stage
 from pegbox.evaluate.statistics import Predictions, mean
+from pegbox.train.probe import linear_probe
 
 # what makes two runs comparable, or not
 SHARED = (
@@ -146,7 +146,7 @@ class _Work:
             self.progress.say(f"baselines  no linear probe: {missing}")
         else:
             found["linear probe"] = probe.logits(test.values)
-            right = float(probe.logits(valid.values).argmax(-1).eq(valid.labels).float().mean())
+            right = probe.accuracy(valid)
             self.progress.say(f"baselines  linear probe, C={probe.penalty:g}: validation accuracy {right:.4f}")
             bench.probe = probe if self.settings.warm_start else None
         return {name: {"right": logits.argmax(-1).eq(labels).double()} for name, logits in found.items()}
@@ -206,3 +206,9 @@ class _Work:
         shutil.copytree(self._folder(best.run), part, ignore=shutil.ignore_patterns(PREDICTIONS))
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
+
+
+def majority(train: torch.Tensor, rows: int, classes: int) -> torch.Tensor:
+    """Logits (rows, classes) that always say the most frequent class of `train` (N,)."""
+    counts = torch.bincount(train, minlength=classes)
+    return torch.nn.functional.one_hot(counts.argmax(), classes).float().expand(rows, classes)

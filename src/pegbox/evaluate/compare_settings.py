@@ -40,7 +40,6 @@ class CompareSettings(RunSettings):
     valid_share: float = setting(
         0.15, "share of the data to choose rates on where `valid` is not given", above=0, below=1
     )
-    warm_start: bool = setting(False, "start a new classifier from the linear probe (Kumar et al., 2022)")
     overwrite: bool = setting(False, "forget what an earlier comparison left in output")
 
     @property

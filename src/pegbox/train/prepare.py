@@ -17,6 +17,7 @@ from pegbox.core.method import split_names
 from pegbox.train.datasets import Rows, Source, rows, source
 from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
+from pegbox.train.probe import features, head, linear_probe, put
 from pegbox.train.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def prepare(settings: RunSettings, output: Path, say: Say) -> Job:
     made = rows(found, settings, loaded.model, loaded.tokenizer, method)
     for line in made.lines:
         say(f"rows       {line}")
+    if settings.warm_start:
+        _warm_start(found, loaded, made, say)
     tuned = _tuned(settings, loaded, method, say)
     facts = {"data": found.hash, "base": base, "dtype": str(dtype).removeprefix("torch.")}
     facts |= {name: getattr(settings, name) for name in ROWS}
@@ -102,6 +105,16 @@ def _seed(seed: int) -> None:
     from transformers import set_seed
 
     set_seed(seed)
+
+
+def _warm_start(found: Source, loaded: Loaded, made: Rows, say: Say) -> None:
+    """A new classifier as a linear probe on the untouched base's features finds it."""
+    if found.objective != "sequence_classification" or found.multi_label or not loaded.new:
+        raise SettingsError("warm_start is for a new classifier with one class a row; set warm_start=false")
+    valid = None if made.valid is None else features(loaded.model, made.valid, made.collate)
+    start = linear_probe(features(loaded.model, made.train, made.collate), valid, len(found.labels or ()))
+    put(start, head(loaded.model))
+    say(f"head       starts from a linear probe (C={start.penalty:g}, {start.seconds:.1f} s)")
 
 
 def _tuned(settings: RunSettings, loaded: Loaded, method: Method, say: Say) -> Tuned:

@@ -24,6 +24,7 @@ class RunSettings:
         setting("auto", "what is learned; read off the data if auto")
     )
     also_train: str | tuple[str, ...] = setting((), "modules trained whole beside the method; a new head always is")
+    warm_start: bool = setting(False, "start a new classifier from the linear probe (Kumar et al., 2022)")
     valid: str | None = setting(None, "held-out examples: a file, a folder, or a hub id")
     valid_share: float = setting(0.0, "share of the data held out where `valid` is not given", at_least=0, below=1)
     columns: Mapping[str, str] = field(default_factory=dict, metadata={"help": "renames columns: theirs to ours"})
@@ -45,7 +46,7 @@ class RunSettings:
     warmup: float = setting(0.03, "steps of warm-up; below 1, a share of all steps", at_least=0)
     weight_decay: float = setting(0.0, "of matrices, decoupled", at_least=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 for never", at_least=0)
-    optimizer: str = setting("adamw_torch", "by transformers' name, unless the method has its own")
+    optimizer: str = setting("adamw_torch_fused", "by transformers' name, unless the method has its own")
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", at_least=0, below=1)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "of the base")

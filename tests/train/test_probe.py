@@ -7,8 +7,8 @@ from torch import nn
 from pegbox.core.errors import ModelError
 from pegbox.data.collate import LabelCollator
 from pegbox.data.encoded import EncodedLabel
-from pegbox.evaluate import baselines
-from pegbox.evaluate.baselines import Features
+from pegbox.train import probe as probes
+from pegbox.train.probe import Features
 
 from . import tiny
 
@@ -22,27 +22,29 @@ def blobs(rows: int, classes: int, seed: int) -> Features:
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_probe_finds_what_is_there(classes: int) -> None:
-    probe = baselines.linear_probe(blobs(90, classes, 0), blobs(30, classes, 1), classes)
+    probe = probes.linear_probe(blobs(90, classes, 0), blobs(30, classes, 1), classes)
     held = blobs(60, classes, 2)
     assert float(probe.logits(held.values).argmax(-1).eq(held.labels).float().mean()) > 0.9
     assert probe.weight.shape == (classes, 6)
 
 
 def test_probe_never_says_a_class_it_has_not_seen() -> None:
-    probe = baselines.linear_probe(blobs(60, 3, 0), blobs(30, 3, 1), 5)
+    probe = probes.linear_probe(blobs(60, 3, 0), blobs(30, 3, 1), 5)
     assert int(probe.logits(blobs(60, 3, 2).values).argmax(-1).max()) <= 2
 
 
-def test_majority() -> None:
-    logits = baselines.majority(torch.tensor([0, 2, 2]), rows=4, classes=3)
-    assert logits.argmax(-1).tolist() == [2] * 4
+def test_without_held_out_rows_the_probe_chooses_on_a_fifth_and_learns_from_all() -> None:
+    rows = blobs(60, 3, 0)
+    probe = probes.linear_probe(rows, None, 3)
+    assert probe.penalty in probes.PENALTIES
+    torch.testing.assert_close(probe.weight, probes._probes(rows, (probe.penalty,), 3)[0].weight)
 
 
 def test_features_are_what_the_head_reads() -> None:
     model = tiny.bert().eval()
     rows = [EncodedLabel([1, 2, 3], 0, "a"), EncodedLabel([4, 5], 2, "b")]
     collate = LabelCollator(0)
-    found = baselines.features(model, rows, collate, 2)
+    found = probes.features(model, rows, collate)
     batch = collate(rows)
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(model.classifier(found.values), logits)
@@ -50,9 +52,9 @@ def test_features_are_what_the_head_reads() -> None:
 
 
 def test_a_head_that_starts_from_the_probe_is_the_probe() -> None:
-    probe = baselines.linear_probe(blobs(60, 3, 0), blobs(30, 3, 1), 3)
+    probe = probes.linear_probe(blobs(60, 3, 0), blobs(30, 3, 1), 3)
     head, x = nn.Linear(6, 3), torch.randn(5, 6)
-    baselines.put(probe, head)
+    probes.put(probe, head)
     torch.testing.assert_close(head(x), probe.logits(x))
     with pytest.raises(ModelError, match="warm_start=false"):
-        baselines.put(probe, nn.Linear(7, 3))
+        probes.put(probe, nn.Linear(7, 3))

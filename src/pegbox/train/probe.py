@@ -1,8 +1,8 @@
-"""What a tuned classifier has to beat: the most frequent class, and a linear probe on the frozen model's features.
+"""A linear probe on the frozen model's features: what a tuned classifier has to beat, and where it may start.
 
-The probe is logistic regression (scikit-learn) on what the model's head reads, or, where that is a state for every
-token, on its mean over the tokens; C is chosen on the validation rows.  As W and b of the head it is also the warm
-start of Kumar et al. (2022), arXiv:2202.10054: a random head distorts good features while it is being learned.
+It is logistic regression (scikit-learn) on what the model's head reads, or, where that is a state for every token, on
+its mean over the tokens; C is chosen on rows that are held out.  As W and b of the head it is the warm start of
+Kumar et al. (2022), arXiv:2202.10054: a random head distorts good features while it is being learned.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pegbox.core.errors import MissingExtra, ModelError
 
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # scikit-learn's C, of features with a mean variance of 1
 ROUNDS = 300  # of L-BFGS
+ROWS_AT_ONCE = 64  # of one forward
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Features:
     values: Tensor
     labels: Tensor
 
+    def where(self, chosen: Tensor) -> Features:
+        """The rows of a mask (N,)."""
+        return Features(self.values[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -37,50 +42,57 @@ class Probe:
 
     Attributes:
         weight, bias: (C, D), (C,), of the features as they are.
-        penalty: the C that the validation rows chose.
+        penalty: the C that the held-out rows chose.
         seconds: for all fits.
     """
 
     weight: Tensor
     bias: Tensor
     penalty: float
-    seconds: float
+    seconds: float = 0.0
 
     def logits(self, values: Tensor) -> Tensor:
         """(N, D) -> (N, C)"""
         return values @ self.weight.T + self.bias
 
-
-def majority(train: Tensor, rows: int, classes: int) -> Tensor:
-    """Logits (rows, classes) that always say the most frequent class of `train` (N,)."""
-    counts = torch.bincount(train, minlength=classes)
-    return nn.functional.one_hot(counts.argmax(), classes).float().expand(rows, classes)
+    def accuracy(self, held: Features) -> float:
+        """The share of rows that it puts into their class."""
+        return float(self.logits(held.values).argmax(-1).eq(held.labels).float().mean())
 
 
 @torch.no_grad()
-def features(
-    model: nn.Module, rows: Sequence[Any], collate: Callable[[Sequence[Any]], Any], batch_size: int
-) -> Features:
+def features(model: nn.Module, rows: Sequence[Any], collate: Callable[[Sequence[Any]], Any]) -> Features:
     """Run the frozen model and keep what goes into its head.
 
     Raises:
         ModelError: the model has no head that its anatomy knows.
     """
-    path = anatomy.of(model).head
-    if path is None:
-        raise ModelError(f"a {type(model).__name__} has no head to take features from")
     seen: list[Tensor] = []
-    handle = model.get_submodule(path).register_forward_pre_hook(lambda _, given: seen.append(given[0].float().cpu()))
-    kept, labels = [], []
+    handle = head(model).register_forward_pre_hook(lambda _, given: seen.append(given[0].float().cpu()))
+    kept, labels, was_training = [], [], model.training
+    model.eval()
     try:
-        for start in range(0, len(rows), batch_size):
-            batch = dict(collate(rows[start : start + batch_size]))
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            batch = dict(collate(rows[start : start + ROWS_AT_ONCE]))
             labels.append(batch.pop("labels"))
             model(**batch)
             kept.append(_one_a_row(seen.pop(), batch.get("attention_mask")))
     finally:
         handle.remove()
+        model.train(was_training)
     return Features(torch.cat(kept), torch.cat(labels))
+
+
+def head(model: nn.Module) -> nn.Module:
+    """The classifier.
+
+    Raises:
+        ModelError: the model has none that its anatomy knows.
+    """
+    path = anatomy.of(model).head
+    if path is None:
+        raise ModelError(f"a {type(model).__name__} has no head to take features from or to start")
+    return model.get_submodule(path)
 
 
 def _one_a_row(state: Tensor, mask: Tensor | None) -> Tensor:
@@ -91,21 +103,32 @@ def _one_a_row(state: Tensor, mask: Tensor | None) -> Tensor:
     return (state * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
-def linear_probe(train: Features, valid: Features, classes: int) -> Probe:
+def linear_probe(train: Features, valid: Features | None, classes: int) -> Probe:
     """Fit one logistic regression for each of PENALTIES, and keep the one that is right on most validation rows.
+
+    Without validation rows C is chosen on every fifth training row, and the probe fitted again on all of them.
 
     Raises:
         MissingExtra: scikit-learn is not installed.
     """
     start = time.perf_counter()
+    if valid is None:
+        held = torch.arange(len(train.labels)) % 5 == 0
+        chosen = linear_probe(train.where(~held), train.where(held), classes)
+        return replace(_probes(train, (chosen.penalty,), classes)[0], seconds=time.perf_counter() - start)
+    probes = _probes(train, PENALTIES, classes)
+    best = max(probes, key=lambda probe: probe.accuracy(valid))  # the first of equals: the most regular
+    return replace(best, seconds=time.perf_counter() - start)
+
+
+def _probes(train: Features, penalties: Sequence[float], classes: int) -> list[Probe]:
     centre, spread = train.values.mean(0), train.values.std()  # one scale for all, so that no direction is blown up
-    scaled = (train.values - centre) / spread
-    held = (valid.values - centre) / spread
-    fits = [(_fit(scaled, train.labels, penalty, classes), penalty) for penalty in PENALTIES]
-    scores = [float((held @ w.T + b).argmax(-1).eq(valid.labels).float().mean()) for (w, b), _ in fits]
-    (weight, bias), penalty = fits[scores.index(max(scores))]  # the first of equals: the most regular
-    weight = weight / spread
-    return Probe(weight, bias - weight @ centre, penalty, time.perf_counter() - start)
+    scaled, probes = (train.values - centre) / spread, []
+    for penalty in penalties:
+        weight, bias = _fit(scaled, train.labels, penalty, classes)
+        weight = weight / spread
+        probes.append(Probe(weight, bias - weight @ centre, penalty))
+    return probes
 
 
 def _fit(values: Tensor, labels: Tensor, penalty: float, classes: int) -> tuple[Tensor, Tensor]:
