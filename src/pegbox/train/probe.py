@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pegbox import anatomy
 from pegbox.core.errors import MissingExtra, ModelError
 
-PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # scikit-learn's C, of features with a mean variance of 1
+PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # scikit-learn's C, of features with a mean variance of 1
 ROUNDS = 300  # of L-BFGS
 ROWS_AT_ONCE = 64  # of one forward
 
@@ -54,6 +54,10 @@ class Probe:
     def logits(self, values: Tensor) -> Tensor:
         """(N, D) -> (N, C)"""
         return values @ self.weight.T + self.bias
+
+    def loss(self, held: Features) -> float:
+        """Mean cross-entropy of the rows' classes."""
+        return float(nn.functional.cross_entropy(self.logits(held.values), held.labels))
 
     def accuracy(self, held: Features) -> float:
         """The share of rows that it puts into their class."""
@@ -104,7 +108,9 @@ def _one_a_row(state: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def linear_probe(train: Features, valid: Features | None, classes: int) -> Probe:
-    """Fit one logistic regression for each of PENALTIES, and keep the one that is right on most validation rows.
+    """Fit one logistic regression for each of PENALTIES, and keep the one of the lowest loss on validation rows.
+
+    The loss, since a hundred validation rows rank six fits by accuracy at random.
 
     Without validation rows C is chosen on every fifth training row, and the probe fitted again on all of them.
 
@@ -117,7 +123,7 @@ def linear_probe(train: Features, valid: Features | None, classes: int) -> Probe
         chosen = linear_probe(train.where(~held), train.where(held), classes)
         return replace(_probes(train, (chosen.penalty,), classes)[0], seconds=time.perf_counter() - start)
     probes = _probes(train, PENALTIES, classes)
-    best = max(probes, key=lambda probe: probe.accuracy(valid))  # the first of equals: the most regular
+    best = min(probes, key=lambda probe: probe.loss(valid))
     return replace(best, seconds=time.perf_counter() - start)
 
 
