@@ -67,3 +67,14 @@ def test_recipes_are_settings() -> None:
 
 def test_a_sentence_is_not_asked_for_without_a_terminal() -> None:
     assert demo._asked() == demo.SENTENCE
+
+
+def test_an_interrupted_demo_goes_on_and_one_of_another_recipe_starts_again(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    demo._prepare(folder)
+    (folder / "compare.json").write_text("{}")
+    demo._prepare(folder)
+    assert (folder / "compare.json").is_file()
+    (folder / demo.RECIPE).write_text("another")
+    demo._prepare(folder)
+    assert not (folder / "compare.json").exists()

@@ -48,9 +48,7 @@ def demo(sentence: str | None = None, output: str = "runs/demo") -> None:
     start, console, folder = time.perf_counter(), Console(highlight=False), Path(output)
     _be_quiet()
     check_model()
-    if (folder / "results.json").is_file():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _prepare(folder)
     console.print(f"all-MiniLM-L6-v2 (its file has the expected hash) on banking77, {PER_CLASS} examples an intent")
 
     from pegbox.evaluate.compare import WINNER, compare
@@ -64,6 +62,16 @@ def demo(sentence: str | None = None, output: str = "runs/demo") -> None:
     parts = {TABLE: "table", PLOT: "plot", WINNER: "adapter", "merged": "merged model"}
     console.print("\n" + ", ".join(f"{what} {folder / name}" for name, what in parts.items()), soft_wrap=True)
     console.print(f"{time.perf_counter() - start:.0f} seconds", soft_wrap=True)
+
+
+def _prepare(folder: Path) -> None:
+    """Forget what another demonstration left, finished or of another recipe; one that was interrupted goes on."""
+    mark, recipe = folder / RECIPE, f"# {PER_CLASS} examples an intent\n{shipped.recipes()[RECIPE].read_text()}"
+    same = mark.is_file() and mark.read_text() == recipe
+    if (folder / "results.json").is_file() or ((folder / "compare.json").is_file() and not same):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(recipe)
 
 
 def check_model() -> Path:
