@@ -1,0 +1,193 @@
+"""Let PEFT put its layers into a model, and take them out again.
+
+The model is given back with its own modules, attributes and flags; the layers come by path, and what they share (the
+projections of VeRA, the bank of VB-LoRA) comes once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+from torch import Tensor, nn
+
+from pegbox.core.errors import SettingsError, TargetError
+
+REFUSALS = (ValueError, TypeError, NotImplementedError, AttributeError, LookupError, RuntimeError, AssertionError)
+ADAPTER = "default"  # PEFT's name of the one adapter that a harvested layer holds
+
+
+class Bank(nn.Module):
+    """What the layers of one adapter share, and PEFT's tuner that made them.
+
+    Attributes:
+        config: PEFT's configuration, as the tuner has completed it.
+        layers: those not yet taken, by path; not registered here.
+        holds: the attribute in which a layer keeps the module that it wraps.
+    """
+
+    def __init__(self, tuner: nn.Module, config: Any, layers: dict[str, nn.Module], holds: str) -> None:
+        super().__init__()
+        self.config, self.layers, self.holds = config, (layers,), holds
+        self.tuner = (tuner,)  # its children are registered here instead
+        for name, child in tuner._modules.items():
+            self.add_module(name, child)
+
+    def take(self, path: str) -> nn.Module | None:
+        """The layer at a path, without the module that it wrapped; None if PEFT put none there."""
+        layer = self.layers[0].pop(path, None)
+        if layer is not None:
+            layer._modules.pop(self.holds)
+        return layer
+
+
+def harvest(model: nn.Module, config: Any, what: str) -> Bank:
+    """Make the layers that PEFT makes for a model with a configuration.
+
+    Raises:
+        SettingsError, TargetError: PEFT refuses the configuration or a target; the model is as it was.
+    """
+    with borrowed(model), quiet():
+        try:
+            tuner = _tuner_class(config)(model, {ADAPTER: config}, ADAPTER)
+        except REFUSALS as error:
+            raise refusal(error, what) from error
+        holds, layers = _found(tuner, model)
+    tuner._modules.pop("model")
+    tuner.__dict__.pop("forward", None)  # adaption prompt keeps the model's own
+    for layer in layers.values():
+        _widen(layer, layer._modules[holds])
+    for child in tuner.children():
+        _widen(child, None)
+    return Bank(tuner, config, layers, holds)
+
+
+def refusal(error: Exception, what: str) -> SettingsError | TargetError:
+    """PEFT's refusal as ours."""
+    told = f"{what}: HF PEFT says: {' '.join(str(error).split())}"
+    about_target = isinstance(error, (TypeError, NotImplementedError)) or "arget" in str(error)
+    return TargetError(told) if about_target else SettingsError(told)
+
+
+def _tuner_class(config: Any) -> Any:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+
+
+def _found(tuner: Any, model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
+    """The attribute that holds what a layer wraps, and the outermost layers by path."""
+    from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    attention = (AdaptedAttention, AdaptedAttentionGPT)
+    kinds = (BaseTunerLayer, *attention)
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, kinds) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module
+    holds = "model" if any(isinstance(m, attention) for m in found.values()) else "base_layer"
+    return holds, found
+
+
+def _widen(module: nn.Module, without: nn.Module | None) -> None:
+    """Masters in float32."""
+    skip = set() if without is None else {id(m) for m in without.modules()}
+    for sub in module.modules():
+        if id(sub) in skip:
+            continue
+        for parameter in sub._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        for name, value in sub._buffers.items():
+            if value is not None and value.is_floating_point():
+                sub._buffers[name] = value.float()
+
+
+@contextlib.contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to a model's modules and attributes inside, they are back after it; tensors are not copied."""
+    parts = ("_modules", "_parameters", "_buffers")
+    kept = [(m, dict(m.__dict__), {part: dict(m.__dict__[part]) for part in parts}) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, attributes, registered in kept:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for part, values in registered.items():
+                module.__dict__[part].clear()
+                module.__dict__[part].update(values)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def mounted(model: nn.Module, bank: Bank, layers: Mapping[str, nn.Module]) -> Iterator[Any]:
+    """Inside, the layers sit in the model as PEFT had put them; gives what PEFT's functions take for its model."""
+    tuner, holds = bank.tuner[0], bank.holds
+    with borrowed(model), quiet():
+        standing = {path: layer.__dict__.pop(holds) for path, layer in layers.items()}
+        tuner.__dict__["_modules"] = {"model": model, **tuner._modules}
+        try:
+            for path, layer in layers.items():
+                parent, _, leaf = path.rpartition(".")
+                owner = model.get_submodule(parent)
+                layer.__dict__["_modules"] = {holds: owner._modules[leaf], **layer._modules}
+                owner._modules[leaf] = layer
+            yield _Wrapper(tuner)
+        finally:
+            tuner._modules.pop("model")
+            for path, layer in layers.items():
+                layer._modules.pop(holds, None)
+                layer.__dict__[holds] = standing[path]
+
+
+class _Wrapper(nn.Module):
+    """Around a tuner, with the keys of PEFT's model class."""
+
+    def __init__(self, tuner: nn.Module) -> None:
+        super().__init__()
+        self.base_model = tuner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def file_names(model: nn.Module, bank: Bank, layers: Mapping[str, nn.Module], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Key in PEFT's file -> our state key, for every tensor that PEFT saves.
+
+    Args:
+        own: the adapter's tensors by state key, the very ones.
+    """
+    from peft import get_peft_model_state_dict
+
+    ours = {id(value): key for key, value in own.items()}
+    with mounted(model, bank, layers) as wrapper:
+        state = wrapper.state_dict(keep_vars=True)
+        theirs = get_peft_model_state_dict(
+            wrapper, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False
+        )
+    strange = [key for key, value in theirs.items() if id(value) not in ours]
+    if strange:
+        raise SettingsError(f"HF PEFT saves {strange[0]}, which is no tensor of the adapter; its file is not written")
+    return {key: ours[id(value)] for key, value in theirs.items()}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """PEFT's advice is for those who call PEFT."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+

@@ -1,0 +1,266 @@
+"""A tuner of HF PEFT's as a method.
+
+The settings are those of PEFT's configuration class; the equation is PEFT's, since its own layers run.  A graft around
+a site wraps the layer that PEFT would have put there.  Files are PEFT's, key for key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pegbox.core import Anatomy, Graft, Method, Site, Traits, Tuned, setting
+from pegbox.core.adapter import Adapter, check_fit, path_of
+from pegbox.core.errors import SettingsError, TargetError
+
+from pegbox.peft_bridge.harvest import Bank, file_names, harvest, mounted, quiet, refusal
+from pegbox.peft_bridge.kinds import Facts, facts
+from pegbox.peft_bridge.layer_graft import LayerGraft
+from pegbox.peft_bridge.settings import OURS, aliases, as_setting, as_theirs, from_config, offered
+
+State = dict[str, Tensor]
+INSIDE = ".base_layer."  # PEFT adds the base's own embeddings to some files
+
+
+class PeftMethod(Method):
+    """Base of every `peft:NAME` whose tuner puts layers around modules."""
+
+    tuner: ClassVar[str]
+    config: ClassVar[type]
+    facts: ClassVar[Facts]
+
+    @classmethod
+    def name(cls) -> str:
+        return f"peft:{cls.tuner}"
+
+    @classmethod
+    def about(cls) -> str:
+        return (
+            f"{cls.tuner}, as HF PEFT has it: {cls.config.__name__}\n\n"
+            "PEFT's own layers run, one around each site; the settings are those of its configuration class."
+        )
+
+    # -- what goes where -------------------------------------------------------------------------------------------
+
+    def sites(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
+        paths = Method.sites(self._present(anatomy), model, anatomy)
+        return _with_tied(paths, model) if self.facts.tied else paths
+
+    def _present(self, anatomy: Anatomy) -> PeftMethod:
+        """With those of the usual targets that this model has."""
+        if self.targets != self.facts.targets or isinstance(self.targets, str):
+            return self
+        present = tuple(role for role in self.targets if anatomy.role(role))
+        return dataclasses.replace(self, targets=present) if present else self
+
+    def shared(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        bank = harvest(model, self.peft_config(model, anatomy), self.name())
+        if beyond := sorted(bank.layers[0].keys() - set(self.sites(model, anatomy))):
+            raise TargetError(f"{self.name()}: HF PEFT changes {beyond[0]} too, which targets do not name; name it there")
+        return bank
+
+    def graft(self, site: Site, shared: nn.Module | None) -> Graft | None:
+        assert isinstance(shared, Bank)
+        layer = shared.take(site.path)
+        return None if layer is None else self._around(site, layer, shared)
+
+    def _around(self, site: Site, layer: nn.Module, bank: Bank) -> LayerGraft:
+        return LayerGraft(site, layer, bank, merges=self.facts.merges, of_tasks=self.facts.of_tasks)
+
+    def peft_config(self, model: nn.Module, anatomy: Anatomy) -> Any:
+        """PEFT's configuration for these settings on this model.
+
+        Raises:
+            SettingsError: PEFT refuses it.
+        """
+        paths = self.sites(model, anatomy)
+        values = self.given()
+        for name in self.facts.named:
+            inside = set(paths) & set(self._named(name, anatomy))
+            values[name] = _short([p for p in paths if p in inside], paths, model)
+        known = {f.name for f in dataclasses.fields(self.config)}
+        if "target_modules" in known and self.facts.how == "layers":
+            values["target_modules"] = _short(paths, paths, model)
+        return self._configured(values | self._own_values(model))
+
+    def given(self) -> dict[str, Any]:
+        """The settings that PEFT has too, as it takes them."""
+        given = {name: as_theirs(getattr(self, name)) for name in _offered_names(type(self))}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _own_values(self, model: nn.Module) -> dict[str, Any]:
+        """Values that are not the user's to give."""
+        return {"total_step": 10**9} if self.tuner == "adalora" and getattr(self, "total_step", None) is None else {}
+
+    def _configured(self, values: Mapping[str, Any]) -> Any:
+        try:
+            with quiet():
+                return self.config(**values)
+        except (ValueError, TypeError) as error:
+            raise SettingsError(str(refusal(error, self.name()))) from error
+
+    def _named(self, name: str, anatomy: Anatomy) -> list[str]:
+        names = getattr(self, name)
+        present = tuple(n for n in names if names != self.facts.named[name] or anatomy.role(n))
+        return anatomy.resolve(present, kinds=self.kinds, who=self.name()) if present else []
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def after_step(self, tuned: Tuned, step: int, steps: int) -> None:
+        if not self.facts.of_steps:
+            return
+        for adapter in _of(tuned, self):
+            bank = _bank(adapter)
+            if getattr(self, "total_step", 0) is None:
+                bank.config.total_step = steps
+            with mounted(tuned.model, bank, _layers(adapter)):
+                bank.tuner[0].update_and_allocate(step)  # type: ignore[operator]
+
+    def penalty(self, tuned: Tuned) -> Tensor | None:
+        """AdaLoRA's: how far its factors are from orthogonal, as PEFT's model class adds it to the loss."""
+        weight = getattr(self, "orth_reg_weight", 0.0)
+        if not weight:
+            return None
+        factors = [
+            p if "lora_A" in key else p.T
+            for adapter in _of(tuned, self)
+            for key, p in adapter.own().items()
+            if "lora_A" in key or "lora_B" in key
+        ]
+        return weight * torch.stack([(f @ f.T - torch.eye(len(f), device=f.device)).norm() for f in factors]).mean()
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def to_file(self, model: nn.Module, adapter: Adapter, state: State) -> State:
+        """By PEFT's keys; what PEFT does not save can be made again."""
+        names = self._file_names(model, adapter)
+        return {theirs: state[ours].clone() for theirs, ours in names.items()}
+
+    def from_file(self, model: nn.Module, adapter: Adapter, tensors: State) -> State:
+        state = {key: value.detach() for key, value in adapter.own_state().items()}
+        names = self._file_names(model, adapter)
+        found = {key: value for key, value in tensors.items() if INSIDE not in key}
+        check_fit(found, {theirs: state[ours] for theirs, ours in names.items()}, "the adapter")
+        return state | {ours: found[theirs] for theirs, ours in names.items()}
+
+    def _file_names(self, model: nn.Module, adapter: Adapter) -> dict[str, str]:
+        return file_names(model, _bank(adapter), _layers(adapter), adapter.own_state())
+
+    def file_config(self, adapter: Adapter) -> dict[str, Any]:
+        return plain_config(_bank(adapter).config)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        known = _offered_names(cls)
+        foreign = [k for k, v in config.items() if v and k not in known and k not in OURS]
+        odd = [k for k in foreign if k in {f.name for f in dataclasses.fields(cls.config)}] or foreign
+        if odd:
+            raise SettingsError(f"{cls.name()} has no setting {odd[0]!r}, which the file gives as {config[odd[0]]!r}")
+        settings = from_config(config, known)
+        targets = config.get("target_modules")
+        if targets and cls.facts.how == "layers":
+            settings["targets"] = targets if isinstance(targets, str) else tuple(targets)
+        if config.get("exclude_modules"):
+            settings["exclude"] = as_setting(config["exclude_modules"])
+        if (layers := config.get("layers_to_transform")) is not None:
+            settings["layers"] = ",".join(map(str, layers if isinstance(layers, list) else [layers]))
+        return settings
+
+
+def method_class(tuner: str) -> type[PeftMethod]:
+    """The class of `peft:tuner`, with the settings of PEFT's configuration class."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    known = facts(tuner)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(tuner.upper())]
+    targets = setting(known.targets, "roles, leaf names, paths, all-linear, or a regex over paths")
+    cls = dataclasses.make_dataclass(
+        f"Peft_{tuner}",
+        [("targets", str | tuple[str, ...], targets), *offered(config, known)],
+        bases=(_base(known),),
+        namespace={
+            "tuner": tuner,
+            "config": config,
+            "facts": known,
+            "traits": _traits(known),
+            "kinds": _kinds(known),
+            "aliases": aliases(config),
+            "reads": ("task_ids",) if known.of_tasks else (),
+            "__module__": __name__,
+        },
+        frozen=True,
+        kw_only=True,
+    )
+    return cls
+
+
+def _base(known: Facts) -> type[PeftMethod]:
+    if known.how not in ("prompt", "prefix"):
+        return PeftMethod
+    from pegbox.peft_bridge.prompts import PrefixMethod, PromptMethod
+
+    return PromptMethod if known.how == "prompt" else PrefixMethod
+
+
+def _traits(known: Facts) -> Traits:
+    seam = {"layers": "output", "attention": "output", "prompt": "tokens", "prefix": "tokens"}[known.how]
+    return Traits(
+        seams=(seam,),  # type: ignore[arg-type]
+        identity=known.identity,
+        merge="exact" if known.merges else "no",
+        per_row=known.per_row,
+        needs=known.needs,
+        xfail=known.xfail,
+    )
+
+
+def _kinds(known: Facts) -> tuple[type[nn.Module], ...]:
+    return {"linears": (nn.Linear,), "matrices": MATRICES, "modules": (nn.Module,)}[known.kinds]
+
+
+MATRICES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+def _offered_names(cls: type[Method]) -> list[str]:
+    ours = {f.name for f in dataclasses.fields(Method)}
+    return [f.name for f in dataclasses.fields(cls) if f.name not in ours]
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """PEFT's configuration as its file has it."""
+    plain = {k: as_setting(v) for k, v in config.to_dict().items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()} | {"inference_mode": True}
+
+
+def _with_tied(paths: list[str], model: nn.Module) -> list[str]:
+    """The paths, and those of modules whose weight is one of theirs."""
+    named = list(model.named_modules())
+    weights = {id(m._parameters.get("weight")) for path, m in named if path in paths} - {id(None)}
+    return [path for path, m in named if path in paths or id(m._parameters.get("weight")) in weights]
+
+
+def _short(some: list[str], paths: list[str], model: nn.Module) -> list[str]:
+    """Paths as leaf names where these name `paths` and nothing else; PEFT groups layers by the names it is given."""
+    leaves = {path.rpartition(".")[2] for path in paths}
+    named = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in leaves}
+    return sorted({p.rpartition(".")[2] for p in some}) if named == set(paths) else some
+
+
+def _bank(adapter: Adapter) -> Bank:
+    assert isinstance(adapter.shared, Bank)
+    return adapter.shared
+
+
+def _layers(adapter: Adapter) -> dict[str, nn.Module]:
+    grafts = {path_of(key): graft for key, graft in adapter.grafts.items()}
+    return {path: graft.layer for path, graft in grafts.items() if isinstance(graft, LayerGraft)}
+
+
+def _of(tuned: Tuned, method: PeftMethod) -> list[Adapter]:
+    """The adapters in use that this method trains."""
+    return [a for a in map(tuned.adapter, tuned.active) if a.method is method]

@@ -1,0 +1,167 @@
+"""PEFT's virtual tokens and prefixes: its encoders make them, Pegbox puts them where they go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pegbox.core import (
+    Anatomy,
+    Graft,
+    Pairs,
+    Site,
+    Survey,
+    VirtualTokens,
+    key_shape,
+    prefix_graft,
+    survey,
+    token_graft,
+    token_sites,
+)
+from pegbox.core.adapter import Adapter, check_fit
+from pegbox.core.context import Context
+from pegbox.peft_bridge.harvest import quiet
+from pegbox.peft_bridge.method import PeftMethod, State, plain_config
+
+MADE = "prompt_embeddings"  # PEFT's key for what an encoder has made
+TASKS = ("prefix_task_cols", "prefix_task_rows")
+
+
+class Encoded(VirtualTokens):
+    """Virtual tokens that an encoder of PEFT's makes."""
+
+    def __init__(self, model: nn.Module, encoder: nn.Module, config: Any) -> None:
+        super().__init__(model, config.num_virtual_tokens)
+        self.encoder, self.config = encoder, config
+        self.of_tasks = any(name in TASKS for name, _ in encoder.named_parameters())
+        self.context: tuple[Context, ...] = ()  # of the tuned model, once there is one
+
+    def embed(self, embedded: Tensor) -> Tensor:
+        """(n, d), or (B, n, d) where tasks differ; a row is of task 0 if `task_ids` are not given."""
+        indices = torch.arange(self.count, device=embedded.device)[None]  # (1, n)
+        if not self.of_tasks:
+            made: Tensor = self.encoder(indices)[0]
+            return made
+        tasks = self.context[0].read("task_ids", indices.new_zeros(len(embedded)), like=indices)
+        made = self.encoder(indices.expand(len(tasks), -1), tasks)
+        return made
+
+    def table(self) -> Tensor:
+        """(n, d), what PEFT's file holds: the encoder's outputs, or its table where tasks differ."""
+        if self.of_tasks:
+            kept: Tensor = self.encoder.embedding.weight  # type: ignore[union-attr, assignment]
+            return kept
+        device = next(self.encoder.parameters()).device
+        made: Tensor = self.encoder(torch.arange(self.count, device=device)[None])[0]
+        return made
+
+
+class PromptMethod(PeftMethod):
+    """Base of those whose encoder makes virtual tokens before the input."""
+
+    def sites(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
+        return token_sites(model, super().sites(model, anatomy)[0])
+
+    def shared(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        table: Any = model.get_submodule(self.sites(model, anatomy)[-1])
+        config = self.prompt_config(model, token_dim=table.weight.shape[1], num_layers=len(anatomy.blocks))
+        return Encoded(model, self.encoder(config, table), config)
+
+    def prompt_config(self, model: nn.Module, **read: Any) -> Any:
+        """PEFT's configuration, with what it reads off the model."""
+        heads = getattr(getattr(model, "config", None), "num_attention_heads", 1)
+        values = {"num_transformer_submodules": 1, "num_attention_heads": heads} | read
+        return self._configured(self.given() | values)
+
+    def encoder(self, config: Any, table: nn.Module) -> nn.Module:
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+        cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        with quiet():
+            made: nn.Module = cls(config, table) if self.tuner.endswith("prompt_tuning") else cls(config)
+        return made.float().to(next(table.parameters()).device)
+
+    def graft(self, site: Site, shared: nn.Module | None) -> Graft | None:
+        assert isinstance(shared, Encoded)
+        shared.context = (site.context,)
+        return token_graft(site, shared)
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def to_file(self, model: nn.Module, adapter: Adapter, state: State) -> State:
+        """What the encoder has made, by PEFT's key; and the encoder, where it made that of something else."""
+        tasks = {name: state[f"shared.encoder.{name}"].clone() for name in TASKS if f"shared.encoder.{name}" in state}
+        own = {} if self._is_table(state) else dict(state)
+        return own | {MADE: _table(adapter)} | tasks
+
+    def from_file(self, model: nn.Module, adapter: Adapter, tensors: State) -> State:
+        want = {key: value.detach() for key, value in adapter.own_state().items()}
+        if not self._is_table(want):
+            found = {key: value for key, value in tensors.items() if key != MADE}
+            check_fit(found, want, "the adapter")
+            return found
+        names = {key: key.rpartition(".")[2] if key.endswith(TASKS) else MADE for key in want}
+        check_fit(tensors, {names[key]: value for key, value in want.items()}, "the adapter")
+        return {key: tensors[name] for key, name in names.items()}
+
+    def _is_table(self, state: State) -> bool:
+        """Whether the encoder is no more than the table of what it makes."""
+        return len([key for key in state if not key.endswith(TASKS)]) == 1
+
+    def file_config(self, adapter: Adapter) -> dict[str, Any]:
+        return plain_config(adapter.shared.config)  # type: ignore[union-attr]
+
+
+class EncodedPairs(Pairs):
+    """Keys and values before every layer's own, which an encoder of PEFT's makes."""
+
+    def __init__(self, found: Survey, encoder: nn.Module, config: Any) -> None:
+        super().__init__(found, config.num_virtual_tokens)
+        self.encoder, self.config = encoder, config
+
+    def vectors(self, index: int) -> Tensor:
+        width = self.survey.width
+        return self.table()[:, index * width : (index + 1) * width]
+
+    def table(self) -> Tensor:
+        """(n, 2 L width)"""
+        device = next(self.encoder.parameters()).device
+        made: Tensor = self.encoder(torch.arange(self.count, device=device)[None])[0]
+        return made
+
+
+class PrefixMethod(PromptMethod):
+    """Base of those whose encoder makes keys and values before every layer's own."""
+
+    def sites(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
+        return self._survey(model, anatomy).paths
+
+    def _survey(self, model: nn.Module, anatomy: Anatomy) -> Survey:
+        return survey(model, anatomy, PeftMethod.sites(self, model, anatomy))
+
+    def shared(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        found = self._survey(model, anatomy)
+        heads = key_shape(getattr(model, "config", None))[0]
+        config = self.prompt_config(
+            model, token_dim=found.width, num_layers=len(found.places), num_attention_heads=heads
+        )
+        table = next(m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
+        return EncodedPairs(found, self.encoder(config, table), config)
+
+    def graft(self, site: Site, shared: nn.Module | None) -> Graft:
+        assert isinstance(shared, EncodedPairs)
+        return prefix_graft(site, shared)
+
+
+@torch.no_grad()
+def _table(adapter: Adapter) -> Tensor:
+    shared = adapter.shared
+    assert isinstance(shared, (Encoded, EncodedPairs))
+    was = shared.training
+    shared.eval()
+    try:
+        return shared.table().detach().clone()
+    finally:
+        shared.train(was)

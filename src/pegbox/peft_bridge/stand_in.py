@@ -1,0 +1,86 @@
+"""What a tuner layer of PEFT's takes for the module that it wraps.
+
+PEFT's layers ask their base layer's class, read its weight, and call it.  A stand-in is of the module's class, reads
+its parameters as the grafts beneath leave them, and passes a call on to them; it owns nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from pegbox.core import Base, Site
+
+
+class Beneath(Protocol):
+    """What a stand-in stands for."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def kept(self, parameter: str) -> Tensor:
+        """A parameter in the layout of the module."""
+
+
+class Under:
+    """What lies beneath a graft."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs)
+
+    def kept(self, parameter: str) -> Tensor:
+        """The module's own where no graft beneath maps it, else the image in its layout and dtype."""
+        base = self.base
+        mapped = parameter in base.values or any(parameter in graft.maps for graft in base.grafts)
+        own: Tensor = getattr(base.site.module, parameter)
+        return base.site.stored(parameter, base.read(parameter)) if mapped else own
+
+
+class StandIn(nn.Module):
+    """In the place of a site's module, inside a tuner layer."""
+
+    site: Site
+    beneath: Beneath | None
+
+    @property
+    def weight(self) -> Any:
+        return self._parameter("weight")
+
+    @property
+    def bias(self) -> Any:
+        return self._parameter("bias")
+
+    def _parameter(self, name: str) -> Any:
+        own = getattr(self.site.module, name)
+        return own if self.beneath is None or not isinstance(own, Tensor) else self.beneath.kept(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.beneath is None:
+            return self.site.original(*args, **kwargs)
+        return self.beneath(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "site":
+                raise
+            return getattr(self.site.module, name)
+
+
+def stand_in(site: Site) -> StandIn:
+    """One for a site; `isinstance` takes it for the site's module."""
+    cls = _class(type(site.module))
+    made = cls.__new__(cls)
+    nn.Module.__init__(made)
+    made.__dict__.update(site=site, beneath=None)
+    return made
+
+
+@functools.cache
+def _class(kind: type[nn.Module]) -> type[StandIn]:
+    return type(f"StandInFor{kind.__name__}", (StandIn, kind), {})
