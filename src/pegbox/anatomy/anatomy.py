@@ -11,11 +11,14 @@ from torch import nn
 
 from pegbox.anatomy import tables
 from pegbox.anatomy.discover import discover
+from pegbox.anatomy.divide import NOTHING, Division, divide
+from pegbox.anatomy.heads import kv_heads
 from pegbox.anatomy.paths import ancestry, matches
-from pegbox.anatomy.roles import ROLES, is_role, under
+from pegbox.anatomy.roles import ROLES, TOWERS, is_role, under
 from pegbox.anatomy.targets import resolve
 from pegbox.core.errors import TargetError, did_you_mean
-from pegbox.core.site import MATRIX
+from pegbox.core.layout import LINEAR
+from pegbox.core.parts import Rows, named_rows
 
 DISCOVERED = "discovered"
 
@@ -29,12 +32,14 @@ class Anatomy:
         source: the data file, such as `llama.toml`, or `discovered`.
         found: role to paths in model order; a role that the model lacks is absent.
         model: whose anatomy this is.
+        division: matrices beyond the modules' own weights, and how matrices are divided.
     """
 
     model_type: str | None
     source: str
     found: Mapping[str, tuple[str, ...]]
     model: nn.Module = field(repr=False, compare=False)
+    division: Division = NOTHING
 
     def roles(self) -> dict[str, list[str]]:
         """Every role that this model has, to its module paths in model order."""
@@ -57,6 +62,26 @@ class Anatomy:
         if not is_role(name):
             return f"unknown role {name!r}{did_you_mean(name, ROLES)}"
         return f"{self._title()} has no module with the role {name!r}; it has: {', '.join(self.roles())}"
+
+    def matrices(self, role: str) -> list[str]:
+        """Paths of the parameters with a role that no module of their own keeps, experts' say."""
+        return list(self.division.matrices.get(role, ()))
+
+    def parts(self, path: str) -> dict[str, Rows]:
+        """The named rows of a whole matrix, a module's or a parameter's, by name; of each expert's, where it has some.
+
+        Raises:
+            TargetError: there is no such matrix, or it cannot be divided as the data file says.
+        """
+        cut = self.division.cuts.get(path)
+        return named_rows(*self._kept_at(path), cut and cut.rows)
+
+    def _kept_at(self, path: str) -> tuple[nn.Module, str]:
+        try:
+            return self.model.get_submodule(path), "weight"
+        except AttributeError:
+            holder, _, leaf = path.rpartition(".")
+            return self.model.get_submodule(holder), leaf
 
     @property
     def blocks(self) -> list[str]:
@@ -87,11 +112,16 @@ class Anatomy:
         *,
         exclude: str | Sequence[str] = (),
         layers: str | None = None,
-        kinds: tuple[type[nn.Module], ...] = MATRIX,
+        kinds: tuple[type[nn.Module], ...] = LINEAR,
+        parts: bool = False,
         who: str = "this method",
     ) -> list[str]:
         """The paths that target items name; see `targets.resolve`."""
-        return resolve(self, self.model, targets, exclude=exclude, layers=layers, kinds=kinds, who=who)
+        return resolve(self, self.model, targets, exclude=exclude, layers=layers, kinds=kinds, parts=parts, who=who)
+
+    def kv_heads(self, path: str) -> int:
+        """Heads of keys and values of the attention that holds the module at `path`; see `heads.kv_heads`."""
+        return kv_heads(self.model, path)
 
     def describe(self) -> str:
         """A table of role, number of modules and path (`*` for the block), one role a line."""
@@ -116,21 +146,49 @@ class Anatomy:
 
 
 def of(model: nn.Module) -> Anatomy:
-    """The anatomy of `model`: by its `config.model_type` where a data file knows it, else discovered.
+    """The anatomy of `model`: from the data file that knows its type or class, else discovered.
 
     A model of a known type in which the file's `block` matches nothing (another layout of the same
-    architecture) is discovered as well.
+    architecture) is discovered as well.  A tower (`vision`, `text`) brings the roles of its own type, all but a head.
     """
     # Any nn.Module is welcome, so a missing config is an answer, not an error.
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    table = tables.by_model_type().get(model_type) if isinstance(model_type, str) else None
-    found = _matched(model, table.roles) if table else {}
+    typed = isinstance(model_type, str)
+    table = tables.by_model_type().get(model_type) if typed else tables.by_class().get(type(model).__name__)
+    found = _with_towers(model, _matched(model, table.roles)) if table else {}
     if table and "block" in found:
-        return Anatomy(model_type, table.source, found, model)
-    return Anatomy(model_type, DISCOVERED, discover(model), model)
+        division = divide(model, table.roles, table.splits, found) | _of_towers(model, found)
+        return Anatomy(model_type, table.source, found, model, division)
+    found = discover(model)
+    return Anatomy(model_type, DISCOVERED, found, model, divide(model, tables.generic()["leaf"], {}, found))
 
 
 def _matched(model: nn.Module, roles: tables.Patterns) -> dict[str, tuple[str, ...]]:
     paths = [path for path, _ in model.named_modules()]
     found = {role: tuple(p for p in paths if matches(p, patterns)) for role, patterns in roles.items()}
+    in_turn = [p for pattern in roles.get("block", ()) for p in found["block"] if matches(p, [pattern])]
+    found["block"] = tuple(dict.fromkeys(in_turn))  # a U-Net registers its middle block last
     return {role: hits for role, hits in found.items() if hits}
+
+
+def _with_towers(model: nn.Module, found: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """`found`, and what the anatomies of the towers that it names add, in model order."""
+    towers = [(role, path) for role in TOWERS for path in found.get(role, ())]
+    if not towers:
+        return found
+    joined = {role: set(paths) for role, paths in found.items()}
+    for tower, path in towers:
+        inner = of(model.get_submodule(path)).found
+        for role in inner.keys() - {"head"}:
+            joined.setdefault(role, set()).update(f"{path}.{p}" for p in inner[role])
+        joined[f"{tower}.block"] = {f"{path}.{p}" for p in inner.get("block", ())}
+    order = {path: place for place, (path, _) in enumerate(model.named_modules())}
+    return {role: tuple(sorted(paths, key=order.__getitem__)) for role, paths in joined.items() if paths}
+
+
+def _of_towers(model: nn.Module, found: dict[str, tuple[str, ...]]) -> Division:
+    """What the towers' own anatomies divide."""
+    whole = NOTHING
+    for path in (path for role in TOWERS for path in found.get(role, ())):
+        whole = whole | of(model.get_submodule(path)).division.under(path)
+    return whole

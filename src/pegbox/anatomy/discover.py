@@ -14,6 +14,7 @@ from torch import nn
 
 from pegbox.anatomy import tables
 from pegbox.anatomy.paths import matches, within
+from pegbox.anatomy.roles import TOWERS
 
 Modules = Mapping[str, nn.Module]
 Place = Literal["before", "inside", "after", "alone"]  # of a module to the blocks; alone: there are none
@@ -39,7 +40,7 @@ def discover(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if role and not within(path, [*head, *found.get(role, ())]):
             found.setdefault(role, []).append(path)
     found["embed"] = _running(found.get("embed", []), modules)
-    found |= _stacks_of_two(blocks)
+    found |= _stacks_of_two(blocks) | _blocks_of_towers(blocks, found)
     return {role: tuple(paths) for role, paths in found.items() if paths}
 
 
@@ -144,6 +145,10 @@ def _stacks_of_two(blocks: Sequence[str]) -> dict[str, list[str]]:
     """The blocks of the encoder and of the decoder, in a model that names both."""
     stacks = {f"{side}.block": [path for path in blocks if side in path.split(".")] for side in ("encoder", "decoder")}
     return stacks if all(stacks.values()) else {}
+
+
+def _blocks_of_towers(blocks: Sequence[str], found: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {f"{tower}.block": [path for path in blocks if within(path, found.get(tower, ()))] for tower in TOWERS}
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -8,26 +8,55 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pegbox.anatomy.roles import is_role
-from pegbox.anatomy.scope import Scope
+from pegbox.anatomy.scope import APART, Scope, stem_of
 
 MOST = 8  # names listed in one message
 
 
 def nothing(scope: Scope, item: str) -> str:
     """No module has this name: the nearest names, each with how many modules carry it."""
+    if rows := scope.anatomy.division.of_role(item):
+        return f"{item!r} is only some rows of a matrix here, {_only_weights(scope, rows)}"
     if is_role(item):
         return f"{item!r} is a role that this model lacks; it has: {', '.join(scope.anatomy.roles())}"
     return f"{item!r} match 0 of {len(scope.fitting)} {scope.noun()}; {_closest(scope, item)}"
 
 
+def no_linears(scope: Scope) -> str:
+    """The model has no linear that all-linear could mean: what it has instead, and what can be done."""
+    held = Counter(type(m).__name__ for m in scope.modules.values() if any(True for _ in m.parameters(recurse=False)))
+    apart = ", ".join(path for role in APART for path in scope.fit(scope.anatomy.roles().get(role, ())))
+    lead = f"only {apart}, which all-linear leaves alone" if apart else "none"
+    return (
+        f"'all-linear': {scope.who} works on {', '.join(_workable(scope))}, and of those this model has {lead}; its "
+        f"parameters are in: {_counted(held.most_common(MOST))}; name modules in targets (a role, a name, a path or a "
+        "regular expression; anatomy.of(model).describe() shows the roles), or take a method that trains any module, "
+        "such as full"
+    )
+
+
 def wrong_kind(scope: Scope, item: str, paths: list[str]) -> str:
     """The item names modules, but not such as the caller works on."""
     if all(map(scope.never_called, paths)):
-        return f"{item!r} names a layer whose weight torch's MultiheadAttention reads without ever calling the layer"
+        return (
+            f"{item!r} names a layer whose weight torch's MultiheadAttention reads without ever calling the layer; "
+            f"{scope.who} works on modules that are called, such as the attention itself; a method that maps weights "
+            "works there"
+        )
+    if parameters := [path for path in paths if path not in scope.modules]:
+        return f"{item!r} names parameters of other modules here, {_only_weights(scope, parameters)}"
     classes = " and ".join(_with_article(name) for name in sorted({type(scope.modules[p]).__name__ for p in paths}))
     within = Counter(path.rpartition(".")[2] for path in scope.beneath(paths))
     hint = f"; within: {_counted(within.most_common(MOST))}" if within else ""
     return f"{item!r} names {classes}; {scope.who} works on {', '.join(_workable(scope))}{hint}"
+
+
+def _only_weights(scope: Scope, paths: list[str]) -> str:
+    """Why a caller that works on whole modules cannot have a matrix that is none, and what it can."""
+    holders = list(dict.fromkeys(map(stem_of, paths)))
+    known = [role for role, found in scope.anatomy.roles().items() if set(found) & set(holders)]
+    instead = f"; target {known[0]} instead" if known else ""
+    return f"{paths[0]}, and {scope.who} works on whole modules{instead}; a method that maps weights works there"
 
 
 def outside_layers(scope: Scope, item: str, paths: Iterable[str]) -> str:
@@ -44,7 +73,7 @@ def bad_regex(item: str, error: re.error) -> str:
 
 def _workable(scope: Scope) -> list[str]:
     """The kinds, and what else in this model passes for one (Conv1D)."""
-    present = (type(scope.modules[path]) for path in scope.fitting)
+    present = (type(scope.modules[path]) for path in scope.fitting if path in scope.modules)
     return list(dict.fromkeys(kind.__name__ for kind in (*scope.kinds, *present)))
 
 

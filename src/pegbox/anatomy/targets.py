@@ -2,10 +2,14 @@
 
 An item is read as the first of these that names a module of the right kind:
 
-1. `all-linear` (or `all`): every linear outside the heads;
+1. `all-linear` (or `all`): every linear outside the heads and the routers of experts;
 2. a role (`attn.q`), or a prefix of roles (`attn`: every role beneath that the caller can work on);
 3. a path, a leaf name or the tail of a path, whole components, as in PEFT (`q_proj`, `self_attn.q_proj`);
-4. a regular expression that matches whole paths, if the item has a sign that only those have.
+4. the same with names of rows behind it (`c_attn[q]`, `attn.qkv[q]`, `down_proj[3]`);
+5. a regular expression that matches whole paths, if the item has a sign that only those have.
+
+What is named as a whole, a block or `attn`, stands for the linears in it; embeddings and convolutions are named
+themselves.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ from torch import nn
 from pegbox.anatomy import refusals
 from pegbox.anatomy.layers import layer_indices
 from pegbox.anatomy.roles import ROLES, under
-from pegbox.anatomy.scope import Scope
+from pegbox.anatomy.scope import Scope, stem_of
 from pegbox.core.errors import TargetError
-from pegbox.core.site import MATRIX
+from pegbox.core.layout import LINEAR, MATRIX, is_linear
+from pegbox.core.parts import split_names
 
 if TYPE_CHECKING:
     from pegbox.anatomy.anatomy import Anatomy
@@ -41,10 +46,11 @@ def resolve(
     *,
     exclude: Spec = (),
     layers: str | None = None,
-    kinds: tuple[type[nn.Module], ...] = MATRIX,
+    kinds: tuple[type[nn.Module], ...] = LINEAR,
+    parts: bool = False,
     who: str = "this method",
 ) -> list[str]:
-    """The paths of the modules that `targets` names, in model order.
+    """The paths of the modules that `targets` names, in model order, and of matrices that are no module's own.
 
     Args:
         anatomy: the anatomy of `model`.
@@ -53,21 +59,38 @@ def resolve(
         exclude: items in the same form; a module that one names, or that lies within one, is left out.
         layers: blocks to keep, such as `0-5`, `0,3` or `-2` (the last two); what lies outside the blocks is left out.
         kinds: the classes that the caller works on, Conv1D being a Linear; `nn.Module` for any module, whole.
+        parts: whether the caller works on matrices that are no module's own weight (see `pegbox.core.parts`).
         who: the caller's name, for messages.
 
     Raises:
         TargetError: an item names nothing, or only what is of another kind or outside `layers`; or nothing is left.
     """
-    scope = Scope(anatomy, dict(model.named_modules()), kinds, who)
+    scope = Scope(anatomy, dict(model.named_modules()), kinds, who, parts)
     keep = layer_indices(layers, len(anatomy.blocks)) if layers is not None else None
     chosen = _each("targets", _items(targets), partial(_chosen, scope, keep))
     if not chosen:
         raise TargetError("targets is empty; name roles, leaf names, paths, a regular expression, or all-linear")
     dropped = _each("exclude", _items(exclude), partial(_excluded, scope))
-    kept = [path for path in scope.fitting if path in chosen and path not in dropped]
+    kept = _without(scope, chosen, dropped)
     if not kept:
         raise TargetError(f"exclude {exclude!r} leaves none of the {len(chosen)} {scope.noun()} that targets names")
     return kept
+
+
+def _without(scope: Scope, chosen: set[str], dropped: set[str]) -> list[str]:
+    """What is chosen and not dropped; of a matrix of which only some rows are dropped, its other rows."""
+    kept = []
+    for path in [*scope.fitting, *scope.pieces, *scope.weights]:
+        if path not in chosen or path in dropped or _holder(path) in dropped:
+            continue
+        rows = [f"{path}[{name}]" for name in scope.names(stem_of(path))] if dropped & scope.pieces.keys() else []
+        kept += [row for row in rows if row not in dropped] if dropped.intersection(rows) else [path]
+    return kept
+
+
+def _holder(path: str) -> str:
+    """The matrix whose rows a path names, `c_attn` of `c_attn[q]`."""
+    return path[: path.rindex("[")] if path.endswith("]") else path
 
 
 def _items(spec: Spec) -> list[str]:
@@ -107,12 +130,14 @@ def _excluded(scope: Scope, item: str) -> list[str]:
 def _read(scope: Scope, item: str) -> list[str]:
     """The fitting paths of the first reading that has any."""
     unfit: list[str] = []
-    for reading in (_everything, _by_role, _by_path, _by_regex):
+    for reading in (_everything, _by_role, _by_path, _by_rows, _by_regex):
         paths = reading(scope, item)
         fit = scope.fit(paths)
         if fit:
             return fit
         unfit = unfit or paths
+    if item in EVERYTHING:
+        raise TargetError(refusals.no_linears(scope))
     raise TargetError(refusals.wrong_kind(scope, item, unfit) if unfit else refusals.nothing(scope, item))
 
 
@@ -122,20 +147,39 @@ def _everything(scope: Scope, item: str) -> list[str]:
 
 def _by_role(scope: Scope, item: str) -> list[str]:
     """The role's own modules if they fit, else those of the roles beneath it, else what lies within."""
-    own = list(scope.anatomy.roles().get(item, ()))
+    if experts := scope.left_out(item):
+        return experts
+    own = [*scope.anatomy.roles().get(item, ()), *scope.anatomy.matrices(item), *scope.anatomy.division.of_role(item)]
     if scope.fit(own) or (scope.whole_modules and item in ROLES):
         return own
     below = _with_role(scope, item)
-    return scope.fit(below) or scope.beneath(below) or below
+    return _linears(scope, scope.fit(below)) or _linears(scope, scope.beneath(below)) or scope.fit(below) or below
+
+
+def _linears(scope: Scope, paths: list[str]) -> list[str]:
+    """Without embeddings and convolutions, where the caller works on them beside linears."""
+    if nn.Linear not in scope.kinds:
+        return paths
+    return [path for path in paths if not isinstance(scope.modules.get(path), MATRIX) or is_linear(scope.modules[path])]
 
 
 def _with_role(scope: Scope, item: str) -> list[str]:
-    roles = scope.anatomy.roles()
-    return [path for role in (item, *under(item, roles)) for path in roles.get(role, ())]
+    roles, matrices = scope.anatomy.roles(), scope.anatomy.division.matrices
+    named = (item, *under(item, {**roles, **matrices}))
+    return [path for role in named for path in (*roles.get(role, ()), *matrices.get(role, ()))]
 
 
 def _by_path(scope: Scope, item: str) -> list[str]:
-    return [path for path in scope.modules if path == item or path.endswith(f".{item}")]
+    named = (*scope.modules, *scope.parameters, *scope.weights)
+    return [path for path in named if path == item or path.endswith(f".{item}")]
+
+
+def _by_rows(scope: Scope, item: str) -> list[str]:
+    stem, names = split_names(item)
+    brackets = "".join(f"[{name}]" for name in names)
+    if not names or item != stem + brackets:
+        return []
+    return [path + brackets for path in _by_role(scope, stem) or _by_path(scope, stem)]
 
 
 def _by_regex(scope: Scope, item: str) -> list[str]:
@@ -145,4 +189,5 @@ def _by_regex(scope: Scope, item: str) -> list[str]:
         pattern = re.compile(item)
     except re.error as error:
         raise TargetError(refusals.bad_regex(item, error)) from error
-    return [path for path in scope.modules if pattern.fullmatch(path)]
+    whole = [path for path in (*scope.modules, *scope.parameters) if pattern.fullmatch(path)]
+    return whole or [path for path in scope.pieces if pattern.fullmatch(path)]

@@ -17,7 +17,7 @@ def starts_as_declared(lab: Lab) -> None:
     want = lab.output(lab.model())
     have = lab.output(lab.tuned())
     if lab.method.traits.identity:
-        require_close(have, want, "the untrained model")
+        require_close(have, want, "the untrained model", lab.to_base)
     else:
         require_different(have, want, "traits.identity is False, but the untrained model", at_least=1e-5)
 
@@ -30,7 +30,7 @@ def size_is_its_formula(lab: Lab) -> None:
     adapter = tuned.adapter()
     trained = sum(p.numel() for p in adapter.own().values() if p.requires_grad)
     if None not in sizes:
-        formula = sum(size or 0 for size in sizes)
+        formula = sum(size or 0 for size in sizes) + lab.method.shared_size()
         require(trained == formula, f"{trained} numbers train, the formula says {formula}")
     counted = sum(p.numel() for p in tuned.trainable().values())
     require(tuned.count()[0] == counted, f"count() says {tuned.count()[0]}, trainable() holds {counted}")

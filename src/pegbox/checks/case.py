@@ -80,8 +80,9 @@ def suited(method: Method, family: Family) -> Method:
     """A method as this family can take it: other targets where it has no roles, least settings for odd sizes."""
     if family.name == "odd":
         method = smallest(method)
-    if family.targets and nn.Module not in method.kinds and nn.Embedding not in method.kinds:
-        method = dataclasses.replace(method, targets=family.targets)
+    if family.targets and nn.Linear in method.kinds:
+        matrices = family.matrices if nn.Embedding in method.kinds else None
+        method = dataclasses.replace(method, targets=matrices or family.targets)
     return method
 
 

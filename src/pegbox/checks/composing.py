@@ -108,7 +108,7 @@ def a_sum_adds_changes(lab: Lab) -> None:
     tuned = _pair(lab)
     alone, base = {name: lab.output(tuned.use(name)) for name in ("a", "b")}, lab.output(lab.model())
     require_close(lab.output(tuned.use(Sum(a=1.0))), alone["a"], "Sum(a=1)")
-    require_close(lab.output(tuned.use(Sum(a=0.0))), base, "Sum(a=0)")
+    require_close(lab.output(tuned.use(Sum(a=0.0))), base, "Sum(a=0)", lab.to_base)
     require_close(lab.output(tuned.use(Sum(a=1.0, b=0.0))), alone["a"], "Sum(a=1, b=0)")
     half = lab.output(tuned.use(Sum(a=0.5, b=0.5)))
     for name, output in alone.items():

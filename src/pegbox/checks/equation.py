@@ -38,8 +38,10 @@ def linear_as_declared(lab: Lab) -> None:
             parameter.copy_(one.trainable()[key] + two.trainable()[key] - start.trainable()[key])
     largest = 0.0
     for path, _ in _weight_grafts(both):
-        added = _change(one, path) + _change(two, path) - _change(start, path)
-        largest = max(largest, float((_change(both, path) - added).abs().max()))
+        first, second, none = _changes(one, path), _changes(two, path), _changes(start, path)
+        for parameter, change in _changes(both, path).items():
+            added = first[parameter] + second[parameter] - none[parameter]
+            largest = max(largest, float((change - added).abs().max()))
     linear = largest < 1e-5
     declared = lab.method.traits.linear
     require(linear == declared, f"traits.linear is {declared}; additive up to {largest:.1e}")
@@ -55,7 +57,7 @@ def low_rank_as_declared(lab: Lab) -> None:
             low_rank == declared, f"traits.to_lora is {declared}, and {type(graft).__name__} has factors: {low_rank}"
         )
         if isinstance(graft, LowRankGraft):
-            _check_factors(tuned.sites[path], graft, _change(tuned, path))
+            _check_factors(tuned.sites[path], graft, _changes(tuned, path)["weight"])
 
 
 def _check_factors(site: Site, graft: LowRankGraft, change: Tensor) -> None:
@@ -73,13 +75,11 @@ def _weight_grafts(tuned: Tuned) -> list[tuple[str, WeightGraft]]:
 
 
 @torch.no_grad()
-def _change(tuned: Tuned, path: str) -> Tensor:
-    """weight(W) - W at one site."""
+def _changes(tuned: Tuned, path: str) -> dict[str, Tensor]:
+    """weight(W) - W of every parameter that the graft of one site maps."""
     site = tuned.sites[path]
     (graft,) = site.chain
-    assert graft.parameter is not None
-    w = site.read(graft.parameter)
-    return graft.weight(w) - w
+    return {p: graft.mapped(p, site.read(p)) - site.read(p) for p in graft.maps}
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pegbox import anatomy
 from pegbox.checks.check import require
-from pegbox.checks.models import Batch, Family, inputs
+from pegbox.checks.models import Batch, Family, answer, inputs
 from pegbox.core import files
 from pegbox.core.errors import PegboxError
 from pegbox.core.method import Method
@@ -37,6 +37,11 @@ class Lab:
     method: Method
     family: Family
     folder: Path
+
+    @property
+    def to_base(self) -> float:
+        """How near an adapter that changes nothing must come to the base's own outputs."""
+        return max(FP32, self.family.rounding)
 
     # -- making ------------------------------------------------------------------------------------------------
 
@@ -120,8 +125,7 @@ class Lab:
 
 def logits(out: Any) -> Tensor:
     """The tensor a model answers with."""
-    answer: Tensor = out if isinstance(out, Tensor) else out.logits
-    return answer
+    return answer(out)
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def disabled_costs_nothing(lab: Lab) -> None:
 @check(on="all")
 def hooks_run_as_on_the_base(lab: Lab) -> None:
     """Hooks that a user has put on the modules run as often, in every forward, as they do on the base."""
-    paths = list(lab.tuned().sites)
+    paths = list(dict.fromkeys(site.module_path for site in lab.tuned().sites.values()))
     require(_hooked(lab, lab.tuned(), paths) == _hooked(lab, lab.model(), paths), "hooks run more or less often")
 
 

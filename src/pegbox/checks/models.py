@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Has = Literal["bias", "token ids", "generation", "checkpointing"]
+from pegbox.checks import kinds
+
+Has = Literal["bias", "token ids", "blocks", "hidden states", "skips", "generation", "checkpointing"]
 Batch = dict[str, Tensor]
 
 VOCABULARY, CLASSES, ROWS, LENGTH = 60, 3, 4, 8
@@ -28,6 +30,11 @@ class Family:
         has: what a method may need of a model.
         takes_labels: whether its forward computes the loss.
         targets: what replaces targets that name roles, where the model has none.
+        score: of answers and labels, where its forward computes no loss.
+        package: what must be installed beside transformers, and the extra that brings it.
+        matrices: what replaces them for a method that maps weights, where the family is there for other layouts.
+        quantised: how most of its matrices are kept, if not as plain numbers.
+        rounding: how far its layers' own forward may be from computing with their matrices, relative to outputs.
     """
 
     name: str
@@ -36,14 +43,27 @@ class Family:
     has: frozenset[Has]
     takes_labels: bool = True
     targets: str | None = None
+    score: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    package: tuple[str, str] | None = None
+    matrices: str | None = None
+    quantised: str | None = None
+    rounding: float = 0.0
 
     def loss(self, model: nn.Module, seed: int = 0) -> Tensor:
-        """Mean cross-entropy on one batch."""
+        """Mean cross-entropy, or what else `score` says, on one batch."""
         batch = self.batch(seed)
         if self.takes_labels:
             loss: Tensor = model(**batch).loss
             return loss
-        return F.cross_entropy(model(**inputs(batch)), batch["labels"])
+        return self.score(answer(model(**inputs(batch))), batch["labels"])
+
+
+def answer(out: Any) -> Tensor:
+    """The tensor a model answers with."""
+    if isinstance(out, Tensor):
+        return out
+    tensor: Tensor = out["logits" if "logits" in out else "sample"]
+    return tensor
 
 
 def inputs(batch: Batch) -> Batch:
@@ -164,6 +184,39 @@ def vit() -> nn.Module:
     return ViTForImageClassification(config)
 
 
+def unet() -> nn.Module:
+    """A denoiser of 8 x 8 pixels, conditioned on a text: attention and skips at two sizes."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+    )
+
+
+def dit() -> nn.Module:
+    """A denoiser of 8 x 8 pixels in sixteen patches, conditioned on a class."""
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=3,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+
+
 class Mlp(nn.Module):
     """An architecture that nobody has described: no config, no roles, a plain tensor in and out."""
 
@@ -220,17 +273,91 @@ def features(seed: int) -> Batch:
     return {"x": x, "labels": _classes(seed)}
 
 
-_DECODER: frozenset[Has] = frozenset({"token ids", "generation", "checkpointing"})
+def noised_images(seed: int) -> Batch:
+    """What a denoiser reads, and the noise as labels."""
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "timestep": torch.randint(1000, (ROWS,), generator=draw),
+        "labels": torch.randn(ROWS, 3, 8, 8, generator=draw),
+    }
+
+
+def captioned_images(seed: int) -> Batch:
+    draw = torch.Generator().manual_seed(seed + 2000)
+    caption = torch.randn(ROWS, 5, 12, generator=draw)
+    return {
+        "sample": torch.randn(ROWS, 3, 8, 8, generator=draw),
+        "encoder_hidden_states": caption,
+        **noised_images(seed),
+    }
+
+
+def classified_noise(seed: int) -> Batch:
+    pixels = images(seed)["pixel_values"]
+    return {"hidden_states": pixels, "class_labels": _classes(seed), **noised_images(seed)}
+
+
+def squares(seed: int) -> Batch:
+    x = torch.randn(ROWS, 4, 9, 7, generator=torch.Generator().manual_seed(seed))
+    return {"x": x, "labels": _classes(seed)}
+
+
+def words(seed: int) -> Batch:
+    return {"ids": _ids(seed), "labels": _classes(seed)}
+
+
+_DIFFUSERS = ("diffusers", "diffusion")
+_BNB = ("bitsandbytes", "quantised")
+_BLOCKS: frozenset[Has] = frozenset({"blocks", "hidden states", "checkpointing"})
+_DECODER: frozenset[Has] = _BLOCKS | {"token ids", "generation"}
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("llama", llama, text, _DECODER),
         Family("gpt2", gpt2, text, _DECODER | {"bias"}),
-        Family("bert", bert, classified_text, frozenset({"bias", "token ids", "checkpointing"})),
+        Family("bert", bert, classified_text, _BLOCKS | {"bias", "token ids"}),
         Family("t5", t5, translation, _DECODER),
-        Family("vit", vit, images, frozenset({"bias", "checkpointing"})),
+        Family("vit", vit, images, _BLOCKS | {"bias"}),
         Family("mlp", Mlp, features, frozenset({"bias"}), takes_labels=False, targets="all-linear"),
+        Family(
+            "unet",
+            unet,
+            captioned_images,
+            frozenset({"bias", "blocks", "skips"}),
+            takes_labels=False,
+            score=F.mse_loss,
+            package=_DIFFUSERS,
+        ),
+        Family(
+            "dit",
+            dit,
+            classified_noise,
+            frozenset({"bias", "blocks"}),
+            takes_labels=False,
+            score=F.mse_loss,
+            package=_DIFFUSERS,
+        ),
+        Family(
+            "conv",
+            kinds.Convolutions,
+            squares,
+            frozenset({"bias"}),
+            takes_labels=False,
+            targets="mix",
+            matrices="stride,groups,point,line",
+        ),
+        Family(
+            "embedding",
+            kinds.Lookups,
+            words,
+            frozenset({"bias"}),
+            takes_labels=False,
+            targets="mix",
+            matrices="embed,scaled",
+        ),
+        Family("nf4", lambda: kinds.nf4(llama()), text, _DECODER, package=_BNB, quantised="nf4"),
+        Family("int8", lambda: kinds.int8(llama()), text, _DECODER, package=_BNB, quantised="int8", rounding=0.05),
         Family("tied", tied, text, _DECODER),
         Family("odd", odd, text, _DECODER),
     )

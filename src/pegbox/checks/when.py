@@ -33,13 +33,21 @@ def not_per_row(method: Method, family: Family) -> str | None:
     return "traits.per_row is True" if method.traits.per_row else None
 
 
+def packs(method: Method, family: Family) -> str | None:
+    return None if method.traits.packs else "traits.packs is False"
+
+
+def packs_not(method: Method, family: Family) -> str | None:
+    return "traits.packs is True" if method.traits.packs else None
+
+
 def maps_weights(method: Method, family: Family) -> str | None:
     return None if "weight" in method.traits.seams else f"traits.seams are {', '.join(method.traits.seams)}, not weight"
 
 
 def adds_outputs(method: Method, family: Family) -> str | None:
     """Whether one site's outputs of several adapters can be summed."""
-    if {"weight", "output"} & set(method.traits.seams):
+    if {"weight", "output", "skips"} & set(method.traits.seams):
         return None
     return f"traits.seams are {', '.join(method.traits.seams)}, which have no sum"
 
@@ -64,16 +72,36 @@ def needs_something(method: Method, family: Family) -> str | None:
 
 
 def lacks_a_need(method: Method, family: Family) -> str | None:
+    if absent := not_installed(family):
+        return absent
     return None if set(method.traits.needs) - family.has else f"{family.name} has all of traits.needs"
 
 
 def has_its_needs(method: Method, family: Family) -> str | None:
+    if absent := not_installed(family):
+        return absent
+    if family.quantised and not method.traits.keeps_base:
+        return f"traits.keeps_base is False, and {family.name} keeps its matrices as {family.quantised}"
     missing = sorted(set(method.traits.needs) - family.has)
     return f"traits.needs {missing[0]!r}, which {family.name} lacks" if missing else None
 
 
+def not_installed(family: Family) -> str | None:
+    """What the family's models need and this machine lacks."""
+    if family.package is None or importlib.util.find_spec(family.package[0]):
+        return None
+    name, extra = family.package
+    return f"{name} is not installed: pip install 'pegbox[{extra}]'"
+
+
 def generates(method: Method, family: Family) -> str | None:
     return None if "generation" in family.has else f"{family.name} does not generate"
+
+
+def in_one_stack(method: Method, family: Family) -> str | None:
+    if "generation" not in family.has:
+        return f"{family.name} does not generate"
+    return f"{family.name} does not generate in one stack" if "decoder_input_ids" in family.batch(0) else None
 
 
 def recomputes(method: Method, family: Family) -> str | None:

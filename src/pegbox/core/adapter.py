@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pegbox.core import storage
 from pegbox.core.context import Context
 from pegbox.core.errors import AdapterError, TargetError
 from pegbox.core.graft import CopyGraft, Graft
+from pegbox.core.layout import is_linear
 from pegbox.core.method import Anatomy, Method
-from pegbox.core.site import Site
+from pegbox.core.parts import Part, assemble, chosen_rows, parse
+from pegbox.core.site import ModuleSite, Site
 
 State = dict[str, Tensor]
+T = TypeVar("T", bound=Tensor)
 
 
 class Adapter(nn.Module):
@@ -33,18 +38,29 @@ class Adapter(nn.Module):
         self.shared: nn.Module | None = None
         self.selected: tuple[str, ...] = ()
         self.trained: frozenset[str] = frozenset()  # own parameters that were trainable when built
+        self.resting: frozenset[str] = frozenset()  # those of `ever` that do not train now
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         """Follow the base to a device, never to a dtype: masters stay float32."""
         return super()._apply(lambda t: t.to(fn(torch.empty(0, device=t.device)).device), recurse)
 
+    @property
+    def ever(self) -> frozenset[str]:
+        """State keys of all that it trains, now or at another time."""
+        return self.trained | {f"base.{n}" for n in self.selected}
+
+    @property
+    def selected_now(self) -> frozenset[str]:
+        """State keys of the base's tensors that it trains now."""
+        return frozenset(f"base.{n}" for n in self.selected) - self.resting
+
     def own(self) -> dict[str, nn.Parameter]:
         """Parameters of the grafts by state key; shared ones once."""
-        return {_state_key(name): p for name, p in self.named_parameters()}
+        return {_state_key(name): p for name, p in _once(self.named_parameters(remove_duplicate=False)).items()}
 
     def own_state(self) -> State:
         """Parameters and buffers of the grafts by state key."""
-        return {_state_key(name): value for name, value in self.state_dict(keep_vars=True).items()}
+        return {_state_key(name): value for name, value in _once(self.state_dict(keep_vars=True).items()).items()}
 
 
 def build(
@@ -60,20 +76,33 @@ def build(
     with seeded(seed, "shared"):
         adapter.shared = method.shared(model, anatomy)
     by_path: dict[str, Graft] = {}
+    parts: dict[str, list[tuple[Part, Graft]]] = {}  # by path of the module that holds them
     for path in method.sites(model, anatomy):
-        if any(path == c or path.startswith(f"{c}.") for c in copies):
+        if any(path == c or path.startswith((f"{c}.", f"{c}[")) for c in copies):
             continue  # trained whole already
         site = site_at(path)
+        _check_storage(site)
         with seeded(seed, path):
             graft = method.graft(site, adapter.shared)
-        if graft is not None:
-            by_path[path] = graft.to(site.device)
-            adapter.grafts[module_key(path)] = graft
+        if graft is None:
+            continue
+        adapter.grafts[module_key(path)] = graft.to(site.device)
+        if isinstance(site, Part):
+            parts.setdefault(site.owner.path, []).append((site, graft))
+        else:
+            by_path[path] = graft
+    for path, members in parts.items():
+        if path in by_path:
+            raise TargetError(f"targets name {path!r} and rows of it, {members[0][0].path!r}; name one of them")
+        by_path[path] = assemble(site_at.module(path), tuple(members))
     for path in copies:
-        graft = CopyGraft(site_at(path).module)
+        copied = site_at.module(path)
+        _check_plain(copied.module, path, f"also_train copies {path!r}")
+        graft = CopyGraft(copied.module)
         by_path[path] = graft
         adapter.copies[module_key(path)] = graft
     adapter.selected = tuple(method.selects(model, anatomy))
+    _check_plain(model, "", f"{method.name()} trains the base's own tensors", adapter.selected)
     adapter.trained = frozenset(key for key, p in adapter.own().items() if p.requires_grad)
     if not adapter.trained and not adapter.selected:
         raise TargetError(f"{type(method).__name__} found nothing to train in {type(model).__name__}")
@@ -83,13 +112,27 @@ def build(
 class SiteAt:
     """Sites by path, made when first asked for, released again if the adapter is not completed."""
 
-    def __init__(self, model: nn.Module, known: dict[str, Site], context: Context) -> None:
+    def __init__(self, model: nn.Module, known: dict[str, ModuleSite], context: Context) -> None:
         self.modules, self.known, self.context = dict(model.named_modules()), known, context
-        self.made: list[Site] = []
+        self.made: list[ModuleSite] = []
 
     def __call__(self, path: str) -> Site:
+        """Of a module, or of a matrix that is not a whole module's weight.
+
+        Raises:
+            TargetError: neither.
+        """
+        matrix = parse(path, self.modules)
+        if matrix is None:
+            return self.module(path)
+        owner = self.module(matrix.owner)
+        named = self.context.anatomy.parts(matrix.whole)
+        return Part(path, owner, matrix.parameter, chosen_rows(matrix, *owner.locate(matrix.parameter), named))
+
+    def module(self, path: str) -> ModuleSite:
+        """Of a module."""
         if path not in self.known:
-            site = Site(path, self.modules[path], self.context)
+            site = ModuleSite(path, self.modules[path], self.context)
             if any(isinstance(self.modules[p], nn.TransformerEncoderLayer) for p in _ancestors(path)):
                 site.forbid_fast_path()
             self.known[path] = site
@@ -100,6 +143,30 @@ class SiteAt:
         for site in self.made:
             site.release()
             del self.known[site.path]
+
+
+def _check_storage(site: Site) -> None:
+    """Refuse what is quantised and no linear layer."""
+    if site.quantised is not None and not (isinstance(site, Part) or is_linear(site.module)):
+        raise TargetError(
+            f"{site.path} is a {type(site.module).__name__} kept as {site.quantised}; of quantised modules only linear "
+            "layers take adapters: exclude it, or load the model without quantising it"
+        )
+
+
+def _check_plain(model: nn.Module, path: str, why: str, names: tuple[str, ...] | None = None) -> None:
+    """Refuse to train tensors that are kept quantised: those of `names`, or all of a module's."""
+    if names == ():
+        return
+    quantised = storage.quantised_parameters(model)
+    wrong = [name for name in (quantised if names is None else names) if name in quantised]
+    if wrong:
+        name = f"{path}.{wrong[0]}" if path else wrong[0]
+        raise TargetError(
+            f"{why}, and {name} is kept as {quantised[wrong[0]]}, which has no gradient ({len(wrong)} such tensors); "
+            "leave it out with exclude, train it by a method that maps weights (lora), or load the model without "
+            "quantising it"
+        )
 
 
 @contextlib.contextmanager
@@ -119,6 +186,14 @@ def seeded(seed: int, word: str) -> Iterator[None]:
             generator.set_state(state)
 
 
+def _once(named: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Each tensor under one name: that of the shared tree if it is there, else the first."""
+    listed = list(named)
+    names = {id(value): name for name, value in reversed(listed)}
+    names |= {id(value): name for name, value in listed if name.startswith("shared.")}
+    return {name: value for name, value in listed if names[id(value)] == name}
+
+
 def _ancestors(path: str) -> list[str]:
     parts = path.split(".")
     return [".".join(parts[:n]) for n in range(1, len(parts))]
@@ -135,6 +210,10 @@ def check_fit(have: State, want: State, what: str) -> None:
         if have[key].shape != value.shape:
             raise AdapterError(
                 f"{what} does not fit: {key} is {tuple(have[key].shape)} in the file, {tuple(value.shape)} in the model"
+            )
+        if have[key].is_floating_point() != value.is_floating_point():
+            raise AdapterError(
+                f"{what} does not fit: {key} is {have[key].dtype} in the file, {value.dtype} in the model"
             )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pegbox.core.errors import CannotMix
 from pegbox.core.graft import Graft, LowRankGraft
 from pegbox.core.low_rank import as_matrix
-from pegbox.core.site import Base, widened
+from pegbox.core.site import Base
 
 
 class Stack:
@@ -59,13 +59,16 @@ def chain(plan: Plan, grafts: dict[str, Graft]) -> tuple[Graft, ...]:
 
 def sum_of(weights: Sequence[float], grafts: Sequence[Graft]) -> Graft:
     """One graft that adds the weighted changes of several at a site."""
-    if len({g.parameter for g in grafts}) > 1:
+    if len({bool(g.maps) for g in grafts}) > 1:
         kinds = ", ".join(sorted({type(g).__name__ for g in grafts}))
         raise CannotMix(f"{kinds} change different things at one site, so they have no sum; use Stack instead")
+    if not all(g.sums for g in grafts):
+        kinds = ", ".join(sorted({type(g).__name__ for g in grafts if not g.sums}))
+        raise CannotMix(f"what {kinds} puts before the input has no sum; use Stack instead")
     low_rank = [g for g in grafts if isinstance(g, LowRankGraft)]
     if len(low_rank) == len(grafts):
         return LowRankSum(weights, low_rank)
-    return (WeightSum if grafts[0].parameter else OutputSum)(weights, grafts)
+    return (WeightSum if grafts[0].maps else OutputSum)(weights, grafts)
 
 
 class _Members(Graft):
@@ -75,19 +78,18 @@ class _Members(Graft):
         super().__init__()
         self.weights = tuple(weights)
         self.members = tuple(grafts)  # a tuple, so that no parameter is registered twice
-        self.parameter = grafts[0].parameter  # type: ignore[misc]  # the same for all, checked by sum_of
+        self.maps = tuple(dict.fromkeys(parameter for graft in grafts for parameter in graft.maps))
 
 
 class WeightSum(_Members):
-    """W + sum_i w_i (g_i(W) - W)."""
+    """W + sum_i w_i (g_i(W) - W), for each parameter over the members that map it."""
 
-    def weight(self, w: Tensor) -> Tensor:
-        delta = sum(weight * (graft.weight(w) - w) for weight, graft in zip(self.weights, self.members, strict=True))
-        return w + delta
+    def mapped(self, parameter: str, w: Tensor) -> Tensor:
+        pairs = zip(self.weights, self.members, strict=True)
+        return w + sum(weight * (graft.mapped(parameter, w) - w) for weight, graft in pairs if parameter in graft.maps)
 
     def run(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        assert self.parameter is not None
-        return base.with_values({self.parameter: self.weight(widened(base.read(self.parameter)))})(*args, **kwargs)
+        return base.through(self)(*args, **kwargs)
 
 
 class OutputSum(_Members):
@@ -106,6 +108,8 @@ class OutputSum(_Members):
 class LowRankSum(_Members):
     """Factors side by side: one product of the total rank.  Dropout of the members is left out."""
 
+    any_layout = True
+
     def factors(self, width: int) -> tuple[Tensor, Tensor, float]:
         """down (R, in), up (out, R) with R the sum of the ranks, and a scale of 1."""
         downs, ups = [], []
@@ -121,4 +125,4 @@ class LowRankSum(_Members):
         return w + up @ down
 
     def run(self, base: Base, x: Tensor) -> Tensor:
-        return base.low_rank(x, *self.factors(x.shape[-1]))
+        return base.low_rank(x, *self.factors(base.site.shape[1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,10 +19,30 @@ class Context:
         anatomy: the roles of the base.
         bare: the grafts are off and the model is the base.
         rows: the adapter of each row of the batch (None: the base), or None when one plan holds for all rows.
+        padding: positions that pad the start of each row, while rows of different prompts share a pass.
         losses: terms that grafts add to the loss during a forward, by name; the engine reads and empties them.
+        given: what a caller hands to grafts beside the model's inputs, by a name in `Method.reads`: a hint image, a
+            scale.  Tensors have a row for each of the batch, or one for all.
+        called: paths of the sites that ran or were read, while someone listens.
     """
 
     anatomy: Anatomy
     bare: bool = False
     rows: tuple[str | None, ...] | None = None
+    padding: tuple[int, ...] = ()
     losses: dict[str, Tensor] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    called: set[str] | None = None
+
+    def read(self, name: str, default: Any = None, *, like: Tensor | None = None) -> Any:
+        """What was given under a name, `default` if nothing; tensors on the device and in the dtype of `like`."""
+        value = self.given.get(name, default)
+        return value if like is None else _as(value, like)
+
+
+def _as(value: Any, like: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(like.device, like.dtype if value.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {name: _as(part, like) for name, part in value.items()}
+    return value

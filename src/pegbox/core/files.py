@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pegbox.core import peft_shapes
 from pegbox.core.adapter import Adapter, State, path_of
 from pegbox.core.errors import AdapterError, SettingsError, TargetError, did_you_mean
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import Method, PeftLayout
 from pegbox.core.settings import build
 from pegbox.core.sharded import whole
+from pegbox.core.site import Site
 from pegbox.core.tuned import Tuned
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_ROOT = "base_model.model."
+Bridge = Callable[[Mapping[str, Any], str | None], "type[Method] | None"]
+UNPICKLED = (
+    "a pickle can run code, so none is read: load it where you trust it and save it again with safe_serialization=True"
+)
+WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+FORMAT = 1  # of the header; a later one may mean what this code does not know
 HEADER: dict[str, tuple[type, ...]] = {  # what Pegbox writes, and its types
     "method": (str,),
     "settings": (dict,),
@@ -77,7 +85,7 @@ def save(
     adapter = tuned.adapter(name)
     copies = [path_of(key) for key in adapter.copies]
     header = {
-        "format": 1,
+        "format": FORMAT,
         "method": adapter.method.name(),
         "settings": asdict(adapter.method),
         "also_train": copies,
@@ -85,8 +93,8 @@ def save(
         "base": _base_name(tuned),
         "extra": extra,
     }
-    layout = adapter.method.traits.peft
-    state = {_file_key(key, layout): whole(value).contiguous().cpu() for key, value in tuned.state(name).items()}
+    state = _written(tuned, adapter, {key: whole(value) for key, value in tuned.state(name).items()})
+    state = {key: value.contiguous().cpu() for key, value in state.items()}
     if not writes:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,11 +103,18 @@ def save(
     return folder
 
 
-def read(directory: str | os.PathLike[str], methods: Iterable[type[Method]]) -> AdapterFile:
+def read(
+    directory: str | os.PathLike[str],
+    methods: Iterable[type[Method]],
+    *,
+    bridge: Bridge | None = None,
+) -> AdapterFile:
     """Read an adapter folder written by Pegbox or by HF PEFT.
 
     Args:
         methods: the classes that the file may be of.
+        bridge: gives a class for a file that none of `methods` means, from its configuration and the name of its
+            method, if the file says one; None if there is no such class either.
 
     Raises:
         AdapterError: a missing, truncated, altered or foreign file, or a PEFT setting that no method here means.
@@ -108,8 +123,8 @@ def read(directory: str | os.PathLike[str], methods: Iterable[type[Method]]) -> 
     config = _read_config(folder)
     header, tensors = _read_tensors(folder / TENSORS)
     if header is None:
-        return _from_peft(config, _recognise(config, known.values(), folder), tensors)
-    if header["method"] not in known:
+        return _from_peft(config, _recognise(config, known.values(), folder, bridge), tensors)
+    if header["method"] not in known and not (bridge and bridge(config, header["method"])):
         raise AdapterError(f"{folder}: unknown method {header['method']!r}{did_you_mean(header['method'], known)}")
     return AdapterFile(tensors=tensors, **{key: header[key] for key in HEADER})
 
@@ -146,12 +161,113 @@ def fill(file: AdapterFile, tuned: Tuned, name: str) -> None:
     Raises:
         AdapterError: a tensor has no place or the wrong shape; nothing is changed.
     """
-    layout = tuned.adapter(name).method.traits.peft
-    keys = {_file_key(key, layout): key for key in tuned.state(name)}
-    tuned.load_state({keys.get(k, k): v for k, v in file.tensors.items()}, name)
+    adapter = tuned.adapter(name)
+    if (state := _own_from_file(file.tensors, tuned, adapter)) is not None:
+        tuned.load_state(state, name)
+        return
+    theirs = file.fingerprint is None and not file.extra  # a file of PEFT's may hold what we write otherwise
+    layout = adapter.method.traits.peft if theirs else _layout(tuned, adapter)
+    tuned.load_state(from_file(file.tensors, tuned.state(name), adapter.method, layout, tuned.sites), name)
+
+
+def from_peft(config: Mapping[str, Any], tensors: State, methods: Iterable[type[Method]], where: Path) -> AdapterFile:
+    """An adapter in PEFT's terms, its configuration and its tensors by PEFT's keys, that some other file held.
+
+    Raises:
+        AdapterError: a setting that no method here means.
+    """
+    return _from_peft(config, _recognise(config, methods, where, None), tensors)
+
+
+def as_peft(tuned: Tuned, name: str | None = None) -> tuple[dict[str, Any], State]:
+    """An adapter in PEFT's terms; both parts are empty where PEFT does not have the method."""
+    adapter = tuned.adapter(name)
+    if _layout(tuned, adapter) is None:
+        return {}, {}
+    state = _written(tuned, adapter, {key: whole(value) for key, value in tuned.state(name).items()})
+    return _config(tuned, adapter, [path_of(key) for key in adapter.copies], {"base": _base_name(tuned)}), state
 
 
 # -- keys and PEFT's configuration -------------------------------------------------------------------------------
+
+
+def _layout(tuned: Tuned, adapter: Adapter) -> PeftLayout | None:
+    """PEFT's, where PEFT has the method on this model."""
+    method, sites = adapter.method, tuned.sites
+    layout = method.traits.peft
+    if layout is None or not method.in_peft(tuned.model, adapter.shared):
+        return None
+    paths = [path_of(key) for key, graft in adapter.grafts.items() if list(graft.parameters())]
+    return layout if all(peft_shapes.layout_at(layout, sites.get(path)) for path in paths) else None
+
+
+def _written(tuned: Tuned, adapter: Adapter, state: State) -> State:
+    """A state as the file has it: by the method's own word, or by `to_file`."""
+    copies = {key: value for key, value in state.items() if key.startswith("copy.")}
+    own = {key: value for key, value in state.items() if key not in copies}
+    written = adapter.method.to_file(tuned.model, adapter, own)
+    if written is None:
+        return to_file(state, adapter.method, _layout(tuned, adapter), tuned.sites)
+    return written | {_copy_key(key): value for key, value in copies.items()}
+
+
+def _own_from_file(tensors: State, tuned: Tuned, adapter: Adapter) -> State | None:
+    """A state from a file of a method that has its own word on it, else None."""
+    copies = {_copy_key(key): key for key in adapter.own_state() if key.startswith("copy.")}
+    rest = {key: value for key, value in tensors.items() if key not in copies}
+    state = adapter.method.from_file(tuned.model, adapter, rest)
+    return None if state is None else state | {copies[k]: v for k, v in tensors.items() if k in copies}
+
+
+def _copy_key(key: str) -> str:
+    return PEFT_ROOT + key.removeprefix("copy.")
+
+
+def to_file(state: State, method: Method, layout: PeftLayout | None, sites: Mapping[str, Site]) -> State:
+    """A state as the file has it: in PEFT's keys and shapes, where there is a layout."""
+    if layout is None:
+        return state
+    out: State = {}
+    for prefix, tensors in _grouped(state).items():
+        packed, site = tensors if prefix.startswith("copy.") else method.pack(tensors), _site_of(prefix, sites)
+        here = peft_shapes.layout_at(layout, site)
+        for leaf, value in packed.items():
+            out[_file_key(f"{prefix}{leaf}", here)] = peft_shapes.shaped(value, leaf, layout, site)
+    return out
+
+
+def _site_of(prefix: str, sites: Mapping[str, Site]) -> Site | None:
+    """The site of a graft, from its part of a state's keys, `graft.PATH.`."""
+    tree, _, path = prefix.removesuffix(".").partition(".")
+    return sites.get(path) if tree == "graft" else None
+
+
+def from_file(
+    tensors: State, own: State, method: Method, layout: PeftLayout | None, sites: Mapping[str, Site]
+) -> State:
+    """Undo `to_file`, for an adapter whose state is `own`; a key that is not its own is kept."""
+    if layout is None:
+        return tensors
+    rest, state = dict(tensors), {}
+    for prefix, mine in _grouped(own).items():
+        site = _site_of(prefix, sites)
+        here = peft_shapes.layout_at(layout, site) or layout
+        leaves = mine if prefix.startswith("copy.") else here.tensors
+        keys = {leaf: _file_key(f"{prefix}{leaf}", here) for leaf in leaves}
+        found = {leaf: rest.pop(key) for leaf, key in keys.items() if key in rest}
+        found = {leaf: peft_shapes.unshaped(value, leaf, layout, site) for leaf, value in found.items()}
+        unpacked = found if prefix.startswith("copy.") else method.unpack(found, mine)
+        state |= {f"{prefix}{leaf}": value for leaf, value in unpacked.items()}
+    return state | rest
+
+
+def _grouped(state: State) -> dict[str, State]:
+    """Tensors by own name, for each graft's part of a state's keys: `graft.PATH.`, `shared.`."""
+    groups: dict[str, State] = {}
+    for key, value in state.items():
+        prefix, dot, leaf = key.rpartition(".")
+        groups.setdefault(prefix + dot, {})[leaf] = value
+    return groups
 
 
 def _file_key(key: str, layout: PeftLayout | None) -> str:
@@ -162,12 +278,17 @@ def _file_key(key: str, layout: PeftLayout | None) -> str:
     if tree == "copy":
         return PEFT_ROOT + rest
     path, _, leaf = rest.rpartition(".")
+    if leaf not in layout.tensors:  # what PEFT computes from, and does not keep
+        return key
     theirs = layout.tensors[leaf]
     return f"{PEFT_ROOT}{path}.{theirs}" if path else theirs
 
 
 def _config(tuned: Tuned, adapter: Adapter, copies: list[str], header: Mapping[str, Any]) -> dict[str, Any]:
-    method, layout = adapter.method, adapter.method.traits.peft
+    method, layout = adapter.method, _layout(tuned, adapter)
+    if (own := method.file_config(adapter)) is not None:
+        said = {"base_model_name_or_path": header["base"], "task_type": _task(tuned)}
+        return own | said | ({"modules_to_save": copies} if copies else {})
     if layout is None:
         return {"pegbox": {k: header[k] for k in ("method", "settings", "also_train", "fingerprint")}} | {
             "base_model_name_or_path": header["base"]
@@ -182,16 +303,23 @@ def _config(tuned: Tuned, adapter: Adapter, copies: list[str], header: Mapping[s
     return config | fields | dict(layout.fixed) | dict(layout.marks) | extra
 
 
-def _recognise(config: Mapping[str, Any], methods: Iterable[type[Method]], folder: Path) -> type[Method]:
+def _recognise(
+    config: Mapping[str, Any], methods: Iterable[type[Method]], folder: Path, bridge: Bridge | None
+) -> type[Method]:
     kind = config.get("peft_type")
     layouts = [(m, m.traits.peft) for m in methods if m.traits.peft]
     same = [(m, p) for m, p in layouts if p.kind == kind]
+    bridged = bridge(config, None) if bridge else None
     if not same:
+        if bridged:
+            return bridged
         known = ", ".join(sorted({p.kind for _, p in layouts})) or "none"
         raise AdapterError(f"{folder / CONFIG}: peft_type {kind!r} is no method here; known: {known}")
     wrong = {method: _unfit(config, layout) for method, layout in same}
     method = min(wrong, key=lambda m: len(wrong[m]))
     if wrong[method]:
+        if bridged:
+            return bridged
         told = ", ".join(f"{k}={config.get(k)!r}" for k in wrong[method])
         raise AdapterError(f"{folder / CONFIG}: {told} is not supported")
     return method
@@ -208,10 +336,13 @@ def _unfit(config: Mapping[str, Any], layout: PeftLayout) -> list[str]:
 def _from_peft(config: Mapping[str, Any], method: type[Method], tensors: State) -> AdapterFile:
     """PEFT's file as ours.  Targets are read off the tensors, since PEFT has several ways to write them."""
     layout = method.traits.peft
-    assert layout is not None
+    if layout is None:
+        return _bridged(config, method, tensors)
     settings = {ours: config[theirs] for ours, theirs in layout.fields.items() if theirs in config}
     settings |= method.from_peft(config)
-    named = {key: _peft_path(key, layout.tensors.values()) for key in tensors}
+    # beside an embedding's adapter PEFT saves the embedding itself, which is the base's
+    tensors = {key: value for key, value in tensors.items() if ".base_layer." not in key}
+    named = {key: _peft_path(key, (*layout.tensors.values(), *layout.embedding.values())) for key in tensors}
     if paths := sorted({path for path in named.values() if path}):
         settings["targets"] = tuple(paths)
     rest = [key.removeprefix(PEFT_ROOT) for key, path in named.items() if path is None]
@@ -219,6 +350,24 @@ def _from_peft(config: Mapping[str, Any], method: type[Method], tensors: State) 
         method=method.name(),
         settings=settings,
         also_train=_saved_modules(rest, config.get("modules_to_save") or ()),
+        base=config.get("base_model_name_or_path"),
+        fingerprint=None,
+        tensors=tensors,
+        extra={},
+    )
+
+
+def _bridged(config: Mapping[str, Any], method: type[Method], tensors: State) -> AdapterFile:
+    """PEFT's file of one of PEFT's own methods."""
+    try:
+        settings = method.from_peft(config)
+    except SettingsError as error:
+        raise AdapterError(f"HF PEFT's {config.get('peft_type')} adapter: {error}") from error
+    keys = [key.removeprefix(PEFT_ROOT) for key in tensors]
+    return AdapterFile(
+        method=method.name(),
+        settings=settings,
+        also_train=_saved_modules(keys, config.get("modules_to_save") or ()),
         base=config.get("base_model_name_or_path"),
         fingerprint=None,
         tensors=tensors,
@@ -270,7 +419,7 @@ def _write_text(path: Path, text: str) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
-        raise AdapterError(f"{folder} holds no adapter: there is no {CONFIG}")
+        raise AdapterError(_no_adapter(folder))
     try:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -280,10 +429,33 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _no_adapter(folder: Path) -> str:
+    """Why a place holds no adapter, and what it holds instead."""
+    if folder.is_file():
+        return f"{folder} is a file, and an adapter is a folder with {CONFIG} and {TENSORS}; {UNPICKLED}"
+    if not folder.exists():
+        return f"{folder} holds no adapter: there is no such folder"
+    whole_model = any((folder / name).is_file() for name in WHOLE)
+    told = f"{folder} holds no adapter: there is no {CONFIG}"
+    return f"{told}; it holds a whole model, which goes to model=" if whole_model else told
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Any] | None, State]:
     """The header, None where Pegbox wrote none, and the tensors."""
+    metadata, tensors = read_tensors(path)
+    return _read_header(path, metadata["pegbox"]) if "pegbox" in metadata else None, tensors
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], State]:
+    """What a safetensors file says of itself, and its tensors.
+
+    Raises:
+        AdapterError: it is missing or damaged, or holds what is not finite.
+    """
     if not path.is_file():
-        raise AdapterError(f"{path.parent} holds no {TENSORS}")
+        pickled = path.with_suffix(".bin").is_file()
+        hint = f", only {path.stem}.bin; {UNPICKLED}" if pickled else ""
+        raise AdapterError(f"{path.parent} holds no {TENSORS}{hint}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -292,7 +464,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any] | None, State]:
         raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
     if any(not torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
         raise AdapterError(f"{path} holds values that are not finite")
-    return _read_header(path, metadata["pegbox"]) if "pegbox" in metadata else None, tensors
+    return metadata, tensors
 
 
 def _read_header(path: Path, text: str) -> dict[str, Any]:
@@ -300,6 +472,11 @@ def _read_header(path: Path, text: str) -> dict[str, Any]:
         header = json.loads(text)
     except json.JSONDecodeError as error:
         raise AdapterError(f"{path} has a damaged header: {error}") from error
+    if isinstance(header, dict) and header.get("format", FORMAT) != FORMAT:
+        raise AdapterError(
+            f"{path} is of format {header['format']}, and this Pegbox reads {FORMAT}: it was written by a newer one; "
+            "pip install -U pegbox"
+        )
     wrong = [k for k, kinds in HEADER.items() if not isinstance(header, dict) or not isinstance(header.get(k), kinds)]
     if wrong:
         raise AdapterError(f"{path} has a header of another form: {', '.join(wrong)} are missing or of another type")

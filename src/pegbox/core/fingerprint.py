@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from pegbox.core import storage
 from pegbox.core.sharded import whole
 
 SAMPLES = 256  # values hashed per tensor; evenly spread
@@ -18,17 +19,20 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> str:
     """Hash of parameter names, shapes and sampled values.
 
     Values are compared as bfloat16, so that one checkpoint loaded in float32 or bfloat16 has one fingerprint.
+    Quantised ones are compared decoded.
 
     Args:
         without: paths of modules to leave out: those an adapter replaces whole, a fresh classification head say.
     """
     skip = tuple(without)
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         if any(name.startswith(f"{path}.") for path in skip):
             continue
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(_sample(parameter).view(torch.int16).cpu().numpy().tobytes())
+        path, _, leaf = name.rpartition(".")
+        value = storage.decoded(model.get_submodule(path), leaf)
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(_sample(value).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

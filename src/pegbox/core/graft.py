@@ -1,7 +1,8 @@
 """Grafts: the small trained modules that run around a site.
 
 `Graft` may change the input, the output, or whether and how the base is called.  `WeightGraft` says what becomes of
-one parameter, W -> weight(W); merging uses that, and the suite holds any faster `forward` equal to it.
+a parameter, W -> weight(W), or of several (`maps`, `mapped`); merging uses that, and the suite holds any faster
+`forward` equal to it.
 `LowRankGraft` is a weight graft that only names its factors.
 
 Parameters are float32 masters, whatever the base's dtype.  A plain graft is called with its parameters cast to the
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,19 +23,50 @@ from torch.func import functional_call
 
 from pegbox.core.errors import SettingsError
 from pegbox.core.low_rank import Down, as_matrix
-from pegbox.core.site import Base, Site, first_tensor, widened
+from pegbox.core.site import Base, Site, first_tensor
 
 
 class Graft(nn.Module):
-    """Runs around a site."""
+    """Runs around a site.
 
-    parameter: ClassVar[str | None] = None  # the parameter a weight graft maps
+    Attributes:
+        parameter: the one parameter that a weight graft maps, said by its class.
+        maps: all that it maps, `parameter` alone if nothing else is said; a class says so, or a constructor where it
+            depends on what the site has.
+        broadcasts: its module may be called with one row that stands for all of a batch.
+        sums: the changes of several at one site can be added.
+    """
+
+    parameter: ClassVar[str | None] = None
+    any_layout: ClassVar[bool] = False  # whether a faster forward of a weight graft knows convolutions and lookups
+    maps: tuple[str, ...] = ()  # not `parameters`, which a module has already
+    broadcasts: ClassVar[bool] = False
+    sums: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        own = vars(cls)
+        if own.get("parameter") and "maps" not in own:
+            cls.maps = (own["parameter"],)
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} says nothing about forward")
 
     def weight(self, w: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} is not a map of a parameter")
+
+    def mapped(self, parameter: str, w: Tensor) -> Tensor:
+        """One of the parameters of `maps` as this graft leaves it."""
+        return self.weight(w)
+
+    @classmethod
+    def of_rows(cls, grafts: Sequence[Graft | None]) -> Graft | None:
+        """One graft that does for row i what `grafts[i]` would do alone, in one pass; None where there is none.
+
+        Args:
+            grafts: of each row of the batch, this class's among them, others' perhaps, and None for the base.
+        """
+        return None
 
     def rates(self) -> dict[str, float]:
         """Learning-rate multipliers, by name of an own parameter; 1 where not given."""
@@ -59,7 +91,10 @@ class Graft(nn.Module):
 
 
 class WeightGraft(Graft):
-    """W -> weight(W), for one parameter of a site.  `forward` may be overridden by something faster."""
+    """W -> weight(W), for a parameter of a site.  `forward` may be overridden by something faster.
+
+    A graft that maps several names them in `maps`, and says what becomes of each in `mapped`.
+    """
 
     parameter = "weight"
 
@@ -68,8 +103,7 @@ class WeightGraft(Graft):
         """The parameter as this graft leaves it; a matrix is (out, in, ...)."""
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        assert self.parameter is not None
-        return base.with_values({self.parameter: self.weight(widened(base.read(self.parameter)))})(*args, **kwargs)
+        return base.through(self)(*args, **kwargs)
 
     def run(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return self(base, *args, **kwargs)
@@ -78,6 +112,7 @@ class WeightGraft(Graft):
 class LowRankGraft(WeightGraft):
     """W + scale * up @ down, never materialised in the forward.  A subclass names the factors, and no more."""
 
+    any_layout = True
     dropout: float = 0.0
 
     @abstractmethod
@@ -89,8 +124,21 @@ class LowRankGraft(WeightGraft):
         return w + scale * (up @ as_matrix(down, w.shape[1], up))
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        dropped = nn.functional.dropout(x, self.dropout) if self.training and self.dropout else None
+        drops = self.training and self.dropout and x.is_floating_point()  # ids are not dropped
+        dropped = nn.functional.dropout(x, self.dropout) if drops else None
         return base.low_rank(x, *self.factors(), dropped=dropped)
+
+
+def check_rank(site: Site, rank: int) -> tuple[int, int]:
+    """The shape (out, in) of a site's matrix.
+
+    Raises:
+        SettingsError: a rank above what such a matrix can have.
+    """
+    out, in_ = site.shape
+    if rank > min(out, in_):
+        raise SettingsError(f"rank must be 1..{min(out, in_)} at {site.path} (a {out} x {in_} weight), got {rank}")
+    return out, in_
 
 
 def low_rank_pair(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -99,9 +147,7 @@ def low_rank_pair(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     Raises:
         SettingsError: a rank above what the site's matrix can have.
     """
-    out, in_ = site.shape
-    if rank > min(out, in_):
-        raise SettingsError(f"rank must be 1..{min(out, in_)} at {site.path} (a {out} x {in_} weight), got {rank}")
+    out, in_ = check_rank(site, rank)
     a = nn.Parameter(torch.empty(rank, in_))
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     return a, nn.Parameter(torch.zeros(out, rank))

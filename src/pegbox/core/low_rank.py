@@ -15,6 +15,7 @@ the two large products are widened, a block of rows at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,14 +28,23 @@ from pegbox.core.cpu import working_dtype
 BLOCK_ROWS = 512  # widened at once: a few MiB, and no slower than all
 
 Down = Tensor | int  # (r, in), or the width r of the shards
+Matrix = Tensor | Callable[[], Tensor]  # (out, in), or what decodes it, anew each time it is called
 
 
-def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Down, up: Tensor, scale: float) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+    """`F.linear(x, weight, bias)`; a frozen matrix that is decoded is decoded again in the backward, and not kept."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    dtype = _autocast_dtype(x)
+    return _DecodedLinear.apply(x if dtype is None else x.to(dtype), bias, weight)
+
+
+def low_rank_linear(x: Tensor, weight: Matrix, bias: Tensor | None, down: Down, up: Tensor, scale: float) -> Tensor:
     """`F.linear(x, weight, bias)` plus a low-rank update; differentiable in every tensor.
 
     Args:
         x: (..., in)
-        weight: (out, in), usually frozen
+        weight: (out, in), usually frozen; what decodes it is called in the forward and again in the backward
         bias: (out,) or None
         down: (r, in), or r to sum shards of x of that width (the last one padded with zeros)
         up: (out, r)
@@ -43,13 +53,19 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Down, 
     Returns:
         (..., out), in the dtype of x (under autocast, in autocast's).
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    kept, decode = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        kept = None if kept is None else kept.to(dtype)
     matrix, shard = (None, down) if isinstance(down, int) else (down, 0)
-    with torch.autocast(device, enabled=False):  # it would undo the widening
-        return _LowRankLinear.apply(x, weight, bias, matrix, up, scale, shard)
+    with torch.autocast(x.device.type, enabled=False):  # it would undo the widening
+        return _LowRankLinear.apply(x, kept, bias, matrix, up, scale, shard, decode)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def low_rank_product(x: Tensor, down: Down, up: Tensor, scale: float) -> Tensor:
@@ -77,18 +93,20 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         down: Tensor | None,
         up: Tensor,
         scale: float,
         shard: int,
+        decode: Callable[[], Tensor] | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
         h = fold(rows, shard) if down is None else rows @ down.to(x.dtype).T  # (n, r)
-        y = _sum_of_products(rows, weight.T, h, (scale * up).T, bias)  # (n, out)
+        w = _decoded(weight, decode, x)
+        y = sum_of_products(rows, w.T, h, (scale * up).T, bias)  # (n, out)
         ctx.save_for_backward(x, weight, down, up, h)
-        ctx.scale, ctx.shard = scale, shard
+        ctx.scale, ctx.shard, ctx.decode = scale, shard, decode
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -102,29 +120,54 @@ class _LowRankLinear(torch.autograd.Function):
         gx = None
         if wants_x and gh is not None:
             factor = as_matrix(ctx.shard, x.shape[-1], up) if down is None else down
-            gx = _sum_of_products(g, weight, gh, factor).view(x.shape)
+            gx = sum_of_products(g, _decoded(weight, ctx.decode, g), gh, factor).view(x.shape)
         g_down = (gh.T @ rows).to(down.dtype) if wants_down and gh is not None else None
         g_up = (g.T @ h).to(up.dtype).mul_(ctx.scale) if wants_up else None
         g_weight = g.T @ rows if wants_weight else None
         g_bias = g.sum(0) if wants_bias else None
-        return gx, g_weight, g_bias, g_down, g_up, None, None
+        return gx, g_weight, g_bias, g_down, g_up, None, None, None
 
 
-def _sum_of_products(x: Tensor, w: Tensor, h: Tensor, low: Tensor, bias: Tensor | None = None) -> Tensor:
+class _DecodedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor:
+        ctx.decode, ctx.bias_dtype = decode, None if bias is None else bias.dtype
+        return F.linear(x, decode().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, wants_bias = ctx.needs_input_grad[:2]
+        gx = grad @ ctx.decode().to(grad.dtype) if wants_x else None
+        return gx, grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if wants_bias else None, None
+
+
+def _decoded(weight: Tensor | None, decode: Callable[[], Tensor] | None, like: Tensor) -> Tensor:
+    if decode is not None:
+        return decode().to(like.dtype)
+    assert weight is not None
+    return weight
+
+
+def sum_of_products(
+    x: Tensor, w: Tensor, h: Tensor | None = None, low: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """x @ w + h @ low + bias in the dtype of x: (n, k), (k, m), (n, r), (r, m), (m,) -> (n, m)."""
     dtype = working_dtype(x)
+    low = None if low is None else low.to(dtype)
     if dtype == x.dtype or torch.compiler.is_compiling():
-        return _added(x.to(dtype), w.to(dtype), h.to(dtype), low.to(dtype), bias).to(x.dtype)
+        return _added(x.to(dtype), w.to(dtype), h, low, bias).to(x.dtype)
     y = x.new_empty(x.shape[0], w.shape[1])  # before what is freed again, so that no hole is left below it
-    w, low = w.to(dtype), low.to(dtype)
-    for part, of_h, into in zip(x.split(BLOCK_ROWS), h.split(BLOCK_ROWS), y.split(BLOCK_ROWS), strict=True):
-        into.copy_(_added(part.to(dtype), w, of_h.to(dtype), low, bias))
+    w = w.to(dtype)
+    for at in range(0, len(x), BLOCK_ROWS):
+        block = slice(at, at + BLOCK_ROWS)
+        y[block] = _added(x[block].to(dtype), w, None if h is None else h[block], low, bias)
     return y
 
 
-def _added(x: Tensor, w: Tensor, h: Tensor, low: Tensor, bias: Tensor | None) -> Tensor:
+def _added(x: Tensor, w: Tensor, h: Tensor | None, low: Tensor | None, bias: Tensor | None) -> Tensor:
     y = F.linear(x, w.T, None if bias is None else bias.to(x.dtype))
-    return y.addmm_(h, low)
+    return y if h is None or low is None else y.addmm_(h.to(x.dtype), low)
 
 
 def rescale(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,18 +7,23 @@ the docs, the command line and the conformance suite read them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pegbox.core.errors import SettingsError, did_you_mean
+from pegbox.core.layout import LINEAR, MATRIX
 from pegbox.core.settings import setting
-from pegbox.core.site import MATRIX, Site
 
 if TYPE_CHECKING:
+    from pegbox.core.adapter import Adapter, State
     from pegbox.core.graft import Graft
+    from pegbox.core.parts import Rows
+    from pegbox.core.site import Site
     from pegbox.core.tuned import Tuned
 
 Seam = Literal["weight", "output", "tokens", "taps", "skips", "selection", "mixture", "update", "time"]
@@ -28,11 +33,21 @@ class Anatomy(Protocol):
     """What a method may ask of a model's structure; `pegbox.anatomy` provides it."""
 
     @property
+    def model(self) -> nn.Module:
+        """Whose anatomy this is."""
+
+    @property
     def blocks(self) -> list[str]:
         """Paths of the repeated blocks, in depth order."""
 
+    def roles(self) -> dict[str, list[str]]:
+        """Every role that this model has, to the paths of its modules."""
+
     def role(self, name: str) -> list[str]:
         """Paths of the modules in a role."""
+
+    def kv_heads(self, path: str) -> int:
+        """Heads of keys and values of the attention that holds a module; TargetError where that is not known."""
 
     def resolve(
         self,
@@ -40,10 +55,14 @@ class Anatomy(Protocol):
         *,
         exclude: str | Sequence[str] = (),
         layers: str | None = None,
-        kinds: tuple[type[nn.Module], ...] = MATRIX,
+        kinds: tuple[type[nn.Module], ...] = LINEAR,
+        parts: bool = False,
         who: str = "this method",
     ) -> list[str]:
         """Paths that a target names; TargetError if it, or a part of it, names nothing."""
+
+    def parts(self, path: str) -> Mapping[str, Rows]:
+        """The named rows of a whole matrix, by name."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,9 @@ class PeftLayout:
         marks: PEFT settings that tell this method from others of its kind; a file without them is another's.
         fixed: PEFT settings that must hold, where a file gives them, for its equation to be this method's.
         allowed: PEFT settings that must be one of some values, where a file gives them.
+        embedding: as `tensors`, at an embedding; empty where PEFT does not have the method there.
+        convolution: own parameter -> its shape at a convolution: `kernel` (r, in, k, ...), `point` (out, r, 1, ...) or
+            `channel` (1, out, 1, ...); empty where PEFT does not have the method there.
     """
 
     kind: str
@@ -65,6 +87,8 @@ class PeftLayout:
     marks: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    embedding: Mapping[str, str] = field(default_factory=dict)
+    convolution: Mapping[str, Literal["kernel", "point", "channel"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,8 +103,11 @@ class Traits:
         linear: the change of the weight is linear in the parameters.
         to_lora: it has an exact low-rank form.
         keeps_base: the base's own tensors never change.
+        in_turn: which of its tensors train changes from step to step (`tuned.select`).
         per_row: rows of one batch may use different adapters.
-        needs: what a model must have: `bias`, `token ids`.
+        packs: a row may hold several examples, each of which gets what it gets alone.
+        needs: what a model must have: `bias`, `token ids`, `blocks` (that its anatomy knows),
+            `hidden states` (a stack of blocks that gives them to a head), `skips` (of a U-Net).
         peft: HF PEFT's layout of the same method, if it has one.
         xfail: conformance check -> why this method cannot pass it; a strict expected failure.
     """
@@ -92,15 +119,48 @@ class Traits:
     linear: bool = False
     to_lora: bool = False
     keeps_base: bool = True
+    in_turn: bool = False
     per_row: bool = True
-    needs: tuple[Literal["bias", "token ids"], ...] = ()
+    packs: bool = True
+    needs: tuple[Literal["bias", "token ids", "blocks", "hidden states", "skips"], ...] = ()
     peft: PeftLayout | None = None
     xfail: Mapping[str, str] = field(default_factory=dict)
 
 
+def by_settings(usual: Traits, chosen: Callable[[Any], Traits]) -> Any:
+    """Traits that hang on settings: `traits: ClassVar[Traits] = by_settings(usual, chosen)`.
+
+    Args:
+        usual: what the class has.
+        chosen: of a method with its settings, what it has.
+    """
+    return _BySettings(usual, chosen)
+
+
+class _BySettings:
+    def __init__(self, usual: Traits, chosen: Callable[[Any], Traits]) -> None:
+        self.usual, self.chosen = usual, chosen
+
+    def __get__(self, method: Method | None, cls: type[Method]) -> Traits:
+        return self.usual if method is None else self.chosen(method)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of a method that go together, under a name.
+
+    Attributes:
+        source: who published them: authors, year, where in the paper or its code.
+        settings: those that differ from the method's defaults.
+    """
+
+    source: str
+    settings: Mapping[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of every method; the fields are settings, `traits` and `kinds` are facts."""
+    """Base of every method; the fields are settings, `traits`, `kinds` and `presets` are facts."""
 
     targets: str | tuple[str, ...] = setting(
         "all-linear", "roles, leaf names, paths, all-linear, or a regex over paths"
@@ -109,12 +169,36 @@ class Method:
     layers: str | None = setting(None, "blocks to use, as '0-5,8' or '-2' for the last two; all if none")
 
     traits: ClassVar[Traits]
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = MATRIX
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = LINEAR  # MATRIX for a method that maps weights
+    reads: ClassVar[tuple[str, ...]] = ()  # names that its grafts look up in the context, see `tuned.given`
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    aliases: ClassVar[Mapping[str, str]] = {}  # other words for its settings
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "traits" in vars(cls) and "kinds" not in vars(cls) and "weight" in cls.traits.seams:
+            cls.kinds = MATRIX
 
     @classmethod
     def name(cls) -> str:
         """The method's name in the registry: that of its file."""
         return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def about(cls) -> str:
+        """Title and source, equation, departures: the docstring of its file."""
+        return sys.modules[cls.__module__].__doc__ or ""
+
+    @classmethod
+    def preset(cls, name: str) -> Preset:
+        """One of `presets`.
+
+        Raises:
+            SettingsError: no such preset, with the nearest one.
+        """
+        if name not in cls.presets:
+            raise SettingsError(f"{cls.name()} has no preset {name!r}{did_you_mean(str(name), cls.presets)}")
+        return cls.presets[name]
 
     def sites(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
         """Paths of the modules to graft; '' is the whole model."""
@@ -123,6 +207,7 @@ class Method:
             exclude=split_names(self.exclude),
             layers=self.layers,
             kinds=self.kinds,
+            parts="weight" in self.traits.seams,
             who=self.name(),
         )
 
@@ -142,6 +227,10 @@ class Method:
         """Trainable numbers that the paper's formula gives for a graft at `site`; None where it gives none."""
         return None
 
+    def shared_size(self) -> int:
+        """Trainable numbers of the paper's formula that all grafts share, where `size` leaves them out."""
+        return 0
+
     def peft_extra(self, model: nn.Module) -> dict[str, Any]:
         """What HF PEFT's configuration needs beyond `traits.peft`, where it has the method."""
         return {}
@@ -150,6 +239,38 @@ class Method:
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Settings that HF PEFT's configuration gives beyond `traits.peft.fields`; undoes `peft_extra`."""
         return {}
+
+    def file_config(self, adapter: Adapter) -> dict[str, Any] | None:
+        """HF PEFT's whole configuration, where `traits.peft` does not say it."""
+        return None
+
+    def to_file(self, model: nn.Module, adapter: Adapter, state: State) -> State | None:
+        """The adapter's tensors as its file has them, where `traits.peft` does not say it; copies are not in it."""
+        return None
+
+    def from_file(self, model: nn.Module, adapter: Adapter, tensors: State) -> State | None:
+        """Undoes `to_file`.
+
+        Raises:
+            AdapterError: a tensor is missing, or one too many, or of another shape.
+        """
+        return None
+
+    def calibrates(self) -> bool:
+        """Whether it looks at data before training, with these settings."""
+        return type(self).calibrate is not Method.calibrate
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One graft's tensors, by own name, as HF PEFT's file has them: those of `traits.peft.tensors`, in its shapes."""
+        return dict(tensors)
+
+    def unpack(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Undo `pack`; `own` are the graft's tensors now.  What the file lacks is left out."""
+        return dict(tensors)
+
+    def in_peft(self, model: nn.Module, shared: nn.Module | None) -> bool:
+        """Whether HF PEFT can express an adapter on this model; a file of one that it cannot has Pegbox's keys."""
+        return True
 
     def calibrate(self, tuned: Tuned, batches: Iterable[Mapping[str, Any]]) -> None:
         """Look at data before training starts."""

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from pegbox.core import adapter as adapters_
+from pegbox.core import storage
 from pegbox.core.adapter import Adapter, SiteAt, State, check_fit
 from pegbox.core.compose import Plan, Stack, Sum, as_plan, chain
 from pegbox.core.context import Context
 from pegbox.core.errors import CannotDisable, CannotMerge, CannotMix, MethodError, did_you_mean
 from pegbox.core.graft import CopyGraft
 from pegbox.core.method import Anatomy, Method
+from pegbox.core.parts import Assembled, Blocks
+from pegbox.core.reference import Reference
 from pegbox.core.settings import check
 from pegbox.core.sharded import copy_whole
-from pegbox.core.site import Base, Site
+from pegbox.core.rows import guard_experts
+from pegbox.core.site import Base, ModuleSite, Site
+from pegbox.core.watch import bypasses_refused
 
 
 class Tuned(nn.Module):
@@ -53,11 +58,13 @@ class Tuned(nn.Module):
         self.adapters = nn.ModuleDict()
         self.anatomy = anatomy
         self.context = Context(anatomy)
-        self._sites: dict[str, Site] = {}
+        self._sites: dict[str, ModuleSite] = {}
         self._plan: Plan | None = None
         self._required = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._unmerged: dict[str, tuple[nn.Module, str, nn.Parameter]] | None = None  # while merged
+        self._unmerged: dict[str, tuple[nn.Module, str, nn.Parameter | nn.Module]] | None = None  # while merged
         self._untied = False  # whether merging told the config so
+        self.merge_drift: dict[str, storage.Drift] = {}  # by path of a matrix that merging has encoded anew
+        self._watched = True  # whether no site is known to be bypassed
         if method is not None:
             self.add(name, method, also_train=also_train, seed=seed)
 
@@ -83,6 +90,7 @@ class Tuned(nn.Module):
             site_at.undo()
             raise
         self.adapters[name] = adapter.train(self.training)
+        self._watched = False
         for path, graft in grafts.items():
             self._sites[path].grafts[name] = graft
         self.use(name)
@@ -142,8 +150,17 @@ class Tuned(nn.Module):
 
     @property
     def sites(self) -> dict[str, Site]:
-        """The modules that have grafts, by path."""
-        return dict(self._sites)
+        """What has grafts of its own, by path: modules, and matrices that are no module's own."""
+        found: dict[str, Site] = {}
+        for path, site in self._sites.items():
+            for graft in site.grafts.values():
+                held = (
+                    {part.path: part for part, _ in graft.members}
+                    if isinstance(graft, (Assembled, Blocks))
+                    else {path: site}
+                )
+                found |= held
+        return found
 
     @property
     def method(self) -> Method:
@@ -156,16 +173,27 @@ class Tuned(nn.Module):
     def _set_requires_grad(self, names: Iterable[str]) -> None:
         for name, adapter in self._adapters().items():
             for key, parameter in adapter.own().items():
-                parameter.requires_grad_(name in names and key in adapter.trained)
-        selected = {n for name in names for n in self._adapters()[name].selected}
+                parameter.requires_grad_(name in names and key in adapter.trained and key not in adapter.resting)
+        now = {key for name in names for key in self._adapters()[name].selected_now}
         for n, parameter in self.model.named_parameters():
-            parameter.requires_grad_(n in selected)
+            parameter.requires_grad_(f"base.{n}" in now)
 
     # -- running -------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        """The base's forward.  `labels` is named because trainers look for it in the signature."""
-        return self.model(*args, **kwargs) if labels is None else self.model(*args, labels=labels, **kwargs)
+        """The base's forward.  `labels` is named because trainers look for it in the signature.
+
+        Raises:
+            TargetError: in the first forward with a new adapter, a module that has a graft is read and never called.
+        """
+        if labels is not None:
+            kwargs["labels"] = labels
+        if self._watched or torch.compiler.is_compiling():
+            return self.model(*args, **kwargs)
+        with bypasses_refused(self._sites, self.context):
+            out = self.model(*args, **kwargs)
+        self._watched = True
+        return out
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -193,6 +221,35 @@ class Tuned(nn.Module):
         finally:
             self.context.bare = before
 
+    def reference(self) -> Reference:
+        """The base as a model of its own, that shares every tensor with this one: `ref_model=tuned.reference()`.
+
+        Raises:
+            CannotDisable: the method trains the base's own tensors.
+        """
+        return Reference(self)
+
+    @contextlib.contextmanager
+    def given(self, **values: Any) -> Iterator[None]:
+        """Inside, the adapters in use find `values` in the context, by the names in their methods' `reads`.
+
+            with tuned.given(hint=edges):
+                tuned(latents, timesteps, encoder_hidden_states=text)
+
+        Raises:
+            MethodError: a name that no adapter in use reads.
+        """
+        known = [word for name in self.active for word in self.adapter(name).method.reads]
+        if unknown := [word for word in values if word not in known]:
+            raise MethodError(
+                f"no adapter in use reads {unknown[0]!r} from the context{did_you_mean(unknown[0], known)}"
+            )
+        before, self.context.given = self.context.given, {**self.context.given, **values}
+        try:
+            yield
+        finally:
+            self.context.given = before
+
     @contextlib.contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside, row i of every batch uses adapter `names[i]`, or the base where it is None.
@@ -204,10 +261,12 @@ class Tuned(nn.Module):
             if not method.traits.per_row:
                 raise CannotMix(f"adapter {name!r} ({type(method).__name__}) cannot differ from row to row")
         before, self.context.rows = self.context.rows, tuple(names)
+        guard = guard_experts(self.model, self._sites, tuple(names))
         try:
             yield
         finally:
             self.context.rows = before
+            guard()
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -217,15 +276,51 @@ class Tuned(nn.Module):
         base = {f"base.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
         return own | base
 
+    def _ever(self) -> dict[str, nn.Parameter]:
+        """Every parameter that trains now or rests."""
+        lone = len(self.active) == 1
+        resting = {k if lone else f"{name}:{k}" for name in self.active for k in self.adapter(name).resting}
+        own = {k: p for name in self.active for k, p in self._prefixed(name) if p.requires_grad or k in resting}
+        base = {f"base.{n}": p for n, p in self.model.named_parameters()}
+        return own | {k: p for k, p in base.items() if p.requires_grad or k in resting}
+
     def _prefixed(self, name: str) -> list[tuple[str, nn.Parameter]]:
         lone = len(self.active) == 1
         return [(k if lone else f"{name}:{k}", p) for k, p in self.adapter(name).own().items()]
 
+    def select(self, keys: Iterable[str] | None, name: str | None = None) -> Self:
+        """Choose which of the tensors that an adapter trains, train now; the others rest: no gradient is made or kept.
+
+        A method that trains its tensors in turn calls this in `before_step`; `pegbox.Callback` then frees what an
+        optimizer holds for those that rest.
+
+        Args:
+            keys: as those of its `state`; None for all that it ever trains, as before the first call.
+
+        Raises:
+            MethodError: a key of nothing that the adapter trains.
+        """
+        adapter = self.adapter(name)
+        ever = adapter.ever
+        wanted = ever if keys is None else frozenset(keys)
+        if unknown := sorted(wanted - ever):
+            kind = type(adapter.method).__name__
+            raise MethodError(f"{unknown[0]!r} is nothing that {kind} trains{did_you_mean(unknown[0], sorted(ever))}")
+        if adapter.resting != ever - wanted:
+            adapter.resting = ever - wanted
+            self._set_requires_grad(self.active)
+            for parameter in self._ever().values():
+                parameter.grad = parameter.grad if parameter.requires_grad else None
+        return self
+
     def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Optimizer parameter groups: each learning rate and decay once; vectors are not decayed."""
+        """Optimizer parameter groups: each learning rate and decay once; vectors are not decayed.
+
+        They hold what rests now (see `select`) as well.
+        """
         rates = {id(p): rate for name in self.active for p, rate in _rates(self.adapter(name))}
         grouped: dict[tuple[float, float], dict[str, Any]] = {}
-        for key, p in self.trainable().items():
+        for key, p in self._ever().items():
             at = (lr * rates.get(id(p), 1.0), weight_decay if p.ndim > 1 else 0.0)
             group = grouped.setdefault(at, {"params": [], "names": [], "lr": at[0], "weight_decay": at[1]})
             group["params"].append(p)
@@ -304,11 +399,15 @@ class Tuned(nn.Module):
             parameter.requires_grad_(self._required.get(name, True))
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
+    def merge(self, *, requantise: bool = False) -> nn.Module:
         """Fold the adapters in use into the base's weights and give it back, without grafts.
 
         All or nothing.  The original tensors are kept until `unmerge` or until this object is gone.  A merged weight
         that was tied to another is its own from then on, and `config.tie_word_embeddings` says so.
+
+        Args:
+            requantise: keep a quantised matrix quantised, in the same way; `merge_drift` then says how far that moves
+                it.  Otherwise a layer of plain numbers takes its place, equal to what was trained.
 
         Raises:
             CannotMerge: a graft changes more than a weight.
@@ -318,31 +417,48 @@ class Tuned(nn.Module):
             raise MethodError("this model is merged already; unmerge() comes first")
         for path, site in self._sites.items():
             for graft in site.chain:
-                if graft.parameter is None and not isinstance(graft, CopyGraft):
+                if not graft.maps and not isinstance(graft, CopyGraft):
                     raise CannotMerge(
                         f"{type(graft).__name__} at {path or 'the model'} acts on activations, not on a weight"
                     )
         merged = [(site, *pair) for site in self._sites.values() for pair in _merged(site)]
-        self._unmerged = {}
-        for site, parameter, value in merged:
-            self._swap(site, parameter, value)
+        self._unmerged, self.merge_drift = {}, {}
+        quantised = [entry for entry in merged if storage.name(*entry[0].locate(entry[1]))]
+        for entry in merged:
+            if entry not in quantised:
+                self._swap(*entry)
+        for entry in quantised:
+            self._rebuild(*entry, requantise)
         for site in self._sites.values():
             site.release()
         return self.model
 
-    def _swap(self, site: Site, dotted: str, value: Tensor) -> None:
-        owner, leaf = _owner(site.module, dotted)
+    def _swap(self, site: ModuleSite, dotted: str, value: Tensor) -> None:
+        owner, leaf = site.locate(dotted)
         kept: nn.Parameter = getattr(owner, leaf)
         assert self._unmerged is not None
         self._unmerged[f"{site.path}.{dotted}"] = (owner, leaf, kept)
         self._untied = _untie(self.model, kept) or self._untied
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
+    def _rebuild(self, site: ModuleSite, dotted: str, value: Tensor, requantise: bool) -> None:
+        """Another layer in the place of a quantised one."""
+        path = ".".join(word for word in (site.path, dotted.rpartition(".")[0]) if word)
+        layer, leaf = site.locate(dotted)
+        parent, _, child = path.rpartition(".")
+        assert self._unmerged is not None
+        holder = self.model.get_submodule(parent)
+        self._unmerged[f"{path} whole"] = (holder, child, layer)
+        rebuilt = storage.rebuilt(layer, leaf, value, requantise)
+        if requantise:
+            self.merge_drift[path] = storage.drift(layer, rebuilt, leaf, value)
+        setattr(holder, child, rebuilt)
+
     def unmerge(self) -> Self:
         """Undo `merge`: the very tensors of before, and the grafts around them."""
         if self._unmerged is None:
             raise MethodError("there is nothing to unmerge; merge() comes first")
-        for owner, leaf, kept in self._unmerged.values():
+        for owner, leaf, kept in reversed(list(self._unmerged.values())):
             setattr(owner, leaf, kept)
         if self._untied:
             self.model.config.tie_word_embeddings = True  # type: ignore[union-attr]
@@ -352,11 +468,11 @@ class Tuned(nn.Module):
         return self
 
 
-def _merged(site: Site) -> list[tuple[str, Tensor]]:
-    """(parameter, its merged value as the module keeps it) for one site."""
+def _merged(site: ModuleSite) -> list[tuple[str, Tensor]]:
+    """(parameter, its merged value as the module keeps it) for one site; of a quantised one, as plain numbers."""
     base = Base(site, site.chain)
-    mapped = dict.fromkeys(g.parameter for g in site.chain if g.parameter)
-    out = [(parameter, site.stored(parameter, base.read(parameter))) for parameter in mapped]
+    mapped = dict.fromkeys(parameter for graft in site.chain for parameter in graft.maps)
+    out = [(p, site.stored(p, base.read(p), _plain_dtype(site, p))) for p in mapped]
     for graft in site.chain:
         if isinstance(graft, CopyGraft):
             kept = dict(site.module.named_parameters())
@@ -364,9 +480,11 @@ def _merged(site: Site) -> list[tuple[str, Tensor]]:
     return out
 
 
-def _owner(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
-    path, _, leaf = dotted.rpartition(".")
-    return module.get_submodule(path), leaf
+def _plain_dtype(site: ModuleSite, parameter: str) -> torch.dtype | None:
+    """What plain numbers in the place of quantised ones are kept in: what the model keeps the rest in."""
+    if storage.name(*site.locate(parameter)) is None:
+        return None
+    return storage.rest_dtype(site.context.anatomy.model)
 
 
 def _untie(model: nn.Module, parameter: nn.Parameter) -> bool:

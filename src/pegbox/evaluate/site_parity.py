@@ -35,9 +35,9 @@ class Call:
 @torch.no_grad()
 def record(tuned: Tuned, probes: Sequence[Probe]) -> dict[str, list[Call]]:
     """Some calls of every module with a graft in use, by path; of those that no probe reaches, none."""
-    paths = [path for path, site in tuned.sites.items() if site.chain and path]
-    calls: dict[str, list[Call]] = {path: [] for path in paths}
-    hooks = [_remember(tuned.sites[path].module, calls[path]) for path in paths]
+    modules = {site.module_path: site.module for site in tuned.sites.values() if site.chain and site.module_path}
+    calls: dict[str, list[Call]] = {path: [] for path in modules}
+    hooks = [_remember(module, calls[path]) for path, module in modules.items()]
     device = next((p.device for p in tuned.parameters()), torch.device("cpu"))
     try:
         with in_float32(tuned):

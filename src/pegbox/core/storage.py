@@ -1,0 +1,299 @@
+"""How numbers are kept: plainly, or quantised by another library.  The one file that knows such libraries.
+
+    bitsandbytes   `Linear4bit`: nf4 or fp4, its scales perhaps quantised too (double quantisation);
+                   `Linear8bitLt`: int8, one scale a row
+    torchao        weight-only int8 and int4, a tensor subclass in an ordinary `nn.Linear`
+
+What is kept quantised is decoded when it is read, and never changed: a merge puts a plain matrix in its place, or
+encodes the new one in the same way.  None of these libraries is imported before a model holds something of theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pegbox.core.low_rank import Matrix
+
+
+class Storage(ABC):
+    """One way of keeping a matrix quantised."""
+
+    name: str
+    rounds_inputs = False  # whether the module's own forward is not the product with its matrix
+
+    @abstractmethod
+    def decode(self, module: nn.Module, leaf: str) -> Tensor:
+        """The matrix as plain numbers, in the module's own layout."""
+
+    @abstractmethod
+    def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
+        """A plain matrix kept in the same way, with the same settings."""
+
+    def twin(self, module: nn.Module, leaf: str, kept: nn.Parameter) -> nn.Module:
+        """The module with another parameter; the original is left as it is."""
+        twin = copy.copy(module)
+        twin.__dict__.pop("forward", None)  # a site, perhaps
+        twin._parameters = {**module._parameters, leaf: kept}
+        return twin
+
+    def shape(self, module: nn.Module, leaf: str) -> torch.Size:
+        """Of the matrix."""
+        return getattr(module, leaf).shape  # type: ignore[no-any-return]
+
+    def dtype(self, module: nn.Module, leaf: str) -> torch.dtype:
+        """Of the decoded matrix."""
+        return getattr(module, leaf).dtype  # type: ignore[no-any-return]
+
+    def compute_dtype(self, module: nn.Module) -> torch.dtype | None:
+        """What the module turns its input into; None for nothing."""
+        return None
+
+
+def of(module: nn.Module, leaf: str) -> Storage | None:
+    """How a module keeps one of its parameters; None for plain numbers."""
+    kept = getattr(module, leaf, None)
+    if type(kept) is nn.Parameter or type(kept) is Tensor:
+        return None
+    return _of_library(kept)
+
+
+def _of_library(kept: Any) -> Storage | None:
+    library = type(kept).__module__.partition(".")[0]
+    if library == "bitsandbytes":
+        return _of_bitsandbytes(kept)
+    return TorchAO() if library == "torchao" else None
+
+
+# -- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+
+def _of_bitsandbytes(kept: Any) -> Storage | None:
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    if isinstance(kept, Params4bit):
+        return FourBit(kept.quant_type) if kept.quant_state is not None else None
+    if isinstance(kept, Int8Params):
+        return EightBit() if kept.dtype == torch.int8 else None
+    return None
+
+
+class FourBit(Storage):
+    """`bitsandbytes.nn.Linear4bit`."""
+
+    def __init__(self, kind: str) -> None:
+        self.name = kind
+
+    def decode(self, module: nn.Module, leaf: str) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        kept: Any = getattr(module, leaf)
+        return dequantize_4bit(kept.data, kept.quant_state)
+
+    def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
+        from bitsandbytes.nn import Params4bit
+
+        kept: Any = getattr(module, leaf)
+        plain = Params4bit(
+            value.to(kept.quant_state.dtype),
+            requires_grad=False,
+            blocksize=kept.blocksize,
+            compress_statistics=kept.compress_statistics,
+            quant_type=kept.quant_type,
+            quant_storage=kept.quant_storage,
+            module=module,
+        )
+        return plain.to(kept.device)
+
+    def shape(self, module: nn.Module, leaf: str) -> torch.Size:
+        return torch.Size(getattr(module, leaf).quant_state.shape)  # type: ignore[union-attr]
+
+    def dtype(self, module: nn.Module, leaf: str) -> torch.dtype:
+        return getattr(module, leaf).quant_state.dtype  # type: ignore[union-attr, no-any-return]
+
+    def compute_dtype(self, module: nn.Module) -> torch.dtype | None:
+        return module.compute_dtype  # type: ignore[return-value]
+
+
+class EightBit(Storage):
+    """`bitsandbytes.nn.Linear8bitLt`: W = CB * SCB / 127, row by row.
+
+    The module rounds its inputs to int8 as well.  Where a graft runs, the decoded matrix is used instead.
+    """
+
+    name = "int8"
+    rounds_inputs = True
+
+    def decode(self, module: nn.Module, leaf: str) -> Tensor:
+        codes, scales = self._pieces(module, leaf)
+        return codes.to(torch.float32).mul_(scales.to(torch.float32)[:, None] / 127)
+
+    def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
+        from bitsandbytes.nn import Int8Params
+
+        return Int8Params(value.to(torch.float16), requires_grad=False, has_fp16_weights=False).to(value.device)
+
+    def dtype(self, module: nn.Module, leaf: str) -> torch.dtype:
+        return torch.float32
+
+    def twin(self, module: nn.Module, leaf: str, kept: nn.Parameter) -> nn.Module:
+        twin: Any = super().twin(module, leaf, kept)
+        twin.state = copy.copy(module.state)
+        twin.state.CB = twin.state.SCB = None
+        return twin  # type: ignore[no-any-return]
+
+    def _pieces(self, module: nn.Module, leaf: str) -> tuple[Tensor, Tensor]:
+        """Codes (out, in) and scales (out,); the module takes the scales to its state when first called."""
+        kept: Any = getattr(module, leaf)
+        state: Any = module.state
+        return kept.data, kept.SCB if kept.SCB is not None else state.SCB
+
+
+# -- torchao ---------------------------------------------------------------------------------------------------------
+
+
+class TorchAO(Storage):
+    """A weight-only tensor subclass of torchao."""
+
+    name = "torchao"
+
+    def decode(self, module: nn.Module, leaf: str) -> Tensor:
+        return getattr(module, leaf).dequantize()  # type: ignore[no-any-return]
+
+    def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
+        raise NotImplementedError
+
+
+# -- what sites ask ----------------------------------------------------------------------------------------------------
+
+
+def name(module: nn.Module, leaf: str) -> str | None:
+    """The word for how a parameter is kept, or None for plain numbers."""
+    kept = of(module, leaf)
+    return kept.name if kept else None
+
+
+def decoded(module: nn.Module, leaf: str) -> Tensor:
+    """A parameter as plain numbers, in the module's own layout."""
+    kept = of(module, leaf)
+    value: Tensor = kept.decode(module, leaf) if kept else getattr(module, leaf)
+    return value
+
+
+def matrix(module: nn.Module, leaf: str) -> Matrix:
+    """A parameter as plain numbers, or what decodes it."""
+    kept = of(module, leaf)
+    return (lambda: kept.decode(module, leaf)) if kept else getattr(module, leaf)
+
+
+def shape(module: nn.Module, leaf: str) -> torch.Size:
+    """Of a parameter as plain numbers; decodes nothing."""
+    kept = of(module, leaf)
+    value: torch.Size = kept.shape(module, leaf) if kept else getattr(module, leaf).shape
+    return value
+
+
+def dtype(module: nn.Module, leaf: str) -> torch.dtype:
+    """Of a parameter as plain numbers."""
+    kept = of(module, leaf)
+    value: torch.dtype = kept.dtype(module, leaf) if kept else getattr(module, leaf).dtype
+    return value
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype | None:
+    """What a module with a quantised weight turns its input into; None for nothing."""
+    kept = of(module, "weight")
+    return kept.compute_dtype(module) if kept else None
+
+
+def rounds_inputs(module: nn.Module) -> bool:
+    """Whether a module with a quantised weight does not compute the product with the decoded one."""
+    kept = of(module, "weight")
+    return kept is not None and kept.rounds_inputs
+
+
+def quantised_parameters(model: nn.Module) -> dict[str, str]:
+    """Name of every parameter of a model that is kept quantised, to how."""
+    found = {}
+    for path, module in model.named_modules():
+        for leaf in module._parameters:
+            word = name(module, leaf)
+            if word is not None:
+                found[f"{path}.{leaf}" if path else leaf] = word
+    return found
+
+
+def rest_dtype(model: nn.Module) -> torch.dtype:
+    """What a model keeps its plain numbers in."""
+    plain = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    return next(plain, torch.float32)
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far encoding has moved a merged matrix: the norm of the difference over another norm.
+
+    Attributes:
+        of_matrix: over that of the matrix.
+        of_change: over that of what the adapter had changed.
+    """
+
+    of_matrix: float
+    of_change: float
+
+
+def rebuilt(layer: nn.Module, leaf: str, value: Tensor, requantise: bool) -> nn.Module:
+    """A layer in the place of a quantised one, with another matrix: plain, or kept in the same way.
+
+    Args:
+        value: the new matrix, in the layer's own layout.
+    """
+    kept = of(layer, leaf)
+    assert kept is not None
+    if requantise:
+        return kept.twin(layer, leaf, kept.encode(value, layer, leaf))
+    assert isinstance(layer, nn.Linear)
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(value, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().to(value.dtype), requires_grad=False)
+    return plain.train(layer.training)
+
+
+def drift(before: nn.Module, after: nn.Module, leaf: str, value: Tensor) -> Drift:
+    """How far `after`, encoded anew, is from `value`, the matrix that it was to have."""
+    wanted, old, have = (t.float() for t in (value, decoded(before, leaf), decoded(after, leaf)))
+    moved = (have - wanted).norm()
+    return Drift(float(moved / wanted.norm()), float(moved / (wanted - old).norm()))
+
+
+@contextlib.contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """Inside, every linear layer that is kept quantised is a plain one, and the configuration says so: to be saved."""
+    dtype_, replaced = rest_dtype(model), []
+    for path in [name_.rpartition(".")[0] for name_ in quantised_parameters(model) if name_.endswith(".weight")]:
+        parent, _, child = path.rpartition(".")
+        holder, layer = model.get_submodule(parent), model.get_submodule(path)
+        setattr(holder, child, rebuilt(layer, "weight", decoded(layer, "weight").to(dtype_), requantise=False))
+        replaced.append((holder, child, layer))
+    config: Any = getattr(model, "config", None)
+    said = config.__dict__.pop("quantization_config", None) if config is not None else None
+    flags = {name_: model.__dict__.pop(name_) for name_ in ("is_quantized", "hf_quantizer") if name_ in model.__dict__}
+    try:
+        yield
+    finally:
+        model.__dict__.update(flags)
+        if said is not None:
+            config.quantization_config = said
+        for holder, child, layer in replaced:
+            setattr(holder, child, layer)
