@@ -16,6 +16,23 @@ BEYOND_NAMES = {
     "t5": {"norm.attn", "norm.cross", "norm.mlp", "norm.block"},  # all three are called layer_norm
     "mt5": {"norm.attn", "norm.cross", "norm.mlp", "norm.block"},
     "umt5": {"norm.attn", "norm.cross", "norm.mlp", "norm.block"},
+    "gemma2": {"norm.attn", "norm.mlp"},  # elsewhere post_attention_layernorm is before the MLP
+    "gemma3_text": {"norm.attn", "norm.mlp"},
+    "gemma3": {"norm.attn", "norm.mlp", "norm.final"},
+    "mixtral": {"mlp.router"},  # elsewhere mlp.gate is a gate projection
+    "qwen2_moe": {"mlp.router"},
+    "qwen3_moe": {"mlp.router"},
+    "distilbert": {"norm.final"},  # that of the MLM head
+    "deberta": {"attn.qkv", "embed", "norm.final"},  # in_proj alone could be anything; rel_embeddings is never called
+    "deberta-v2": {"embed", "norm.embed", "norm.final"},
+    "whisper": {"embed", "pooler"},
+    "swin": {"block", "downsample", "embed.position", "norm.block", "pooler"},  # stages pass for blocks
+    "clip": {"projector"},  # the last one passes for a head
+    "clip_text_model": {"projector", "text", "text.block"},
+    "clip_vision_model": {"projector", "vision", "vision.block"},
+    "siglip": {"pooler", "projector"},
+    "siglip_text_model": {"projector"},
+    "siglip_vision_model": {"pooler"},
 }
 
 
