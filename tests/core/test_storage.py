@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pegbox
 from pegbox import Sum
 from pegbox.checks import kinds
-from pegbox.checks.lab import bits, require_same_bits, shake
+from pegbox.checks.lab import require_same_bits, shake
 from pegbox.core import storage
 from pegbox.core.errors import AdapterError, TargetError
 from pegbox.core.fingerprint import fingerprint
@@ -44,9 +44,11 @@ class Block(nn.Module):
 
 def _torchao(bits_: int) -> Any:
     def change(model: nn.Module) -> nn.Module:
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
 
-        config = Int8WeightOnlyConfig() if bits_ == 8 else Int4WeightOnlyConfig(group_size=32)
+        four = IntxWeightOnlyConfig(torch.int4, PerGroup(32))
+        config = Int8WeightOnlyConfig(set_inductor_config=False) if bits_ == 8 else four
         quantize_(model, config, filter_fn=lambda m, path: isinstance(m, nn.Linear))
         return model
 
@@ -57,6 +59,7 @@ KINDS = {
     "nf4": ("bitsandbytes", kinds.nf4),
     "int8": ("bitsandbytes", kinds.int8),
     "torchao int8": ("torchao", _torchao(8)),
+    "torchao int4": ("torchao", _torchao(4)),
 }
 
 
@@ -66,6 +69,17 @@ def built(kind: str) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = change(Block()).eval()
     return model
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's state, tensor subclasses as the plain tensors that they hold."""
+    found: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        parts = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
+        found |= {f"{key}.{part}": getattr(value, part).clone() for part in parts}
+        if not parts:
+            found[key] = value.detach().clone()
+    return found
 
 
 X = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -221,3 +235,21 @@ def test_training_quantised_tensors_is_refused(kind: str) -> None:
     assert not any("forward" in m.__dict__ for m in model.modules())
     require_same_bits(bits(model), before, "the base")
     assert pegbox.tune(model, "full", targets="norm").trainable()
+
+
+def test_what_bitsandbytes_repacks_is_read_all_the_same() -> None:
+    """On a processor with bf16 units its modules change their codes and scales when first called in eval."""
+    model: Any = built("nf4")
+    exact, mark = storage.decoded(model.layers[0], "weight"), fingerprint(model)
+    for layer in model.layers:
+        layer.support_avx512bf16_for_cpu = type(layer)(4, 4).support_avx512bf16_for_cpu
+    tuned = pegbox.tune(model, "bitfit", targets="norm")
+    with tuned.disabled():
+        output(tuned)
+    assert torch.equal(storage.decoded(model.layers[0], "weight"), exact)  # not while adapters are on it
+    output(tuned.detach())
+    torch.testing.assert_close(storage.decoded(model.layers[0], "weight"), exact, rtol=1e-2, atol=1e-2)
+    assert fingerprint(model) == mark
+    later = shake(pegbox.tune(model, "lora", rank=4))
+    want = output(later)
+    torch.testing.assert_close(output(later.merge()), want, rtol=1e-5, atol=1e-5)

@@ -166,7 +166,9 @@ def fill(file: AdapterFile, tuned: Tuned, name: str) -> None:
         tuned.load_state(state, name)
         return
     theirs = file.fingerprint is None and not file.extra  # a file of PEFT's may hold what we write otherwise
-    layout = adapter.method.traits.peft if theirs else _layout(tuned, adapter)
+    layout = _layout(tuned, adapter)
+    if theirs:
+        layout = adapter.method.traits.peft or type(adapter.method).traits.peft
     tuned.load_state(from_file(file.tensors, tuned.state(name), adapter.method, layout, tuned.sites), name)
 
 

@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module, *, without: Iterable[str] = ()) -> str:
         if any(name.startswith(f"{path}.") for path in skip):
             continue
         path, _, leaf = name.rpartition(".")
-        value = storage.decoded(model.get_submodule(path), leaf)
+        value = storage.mark(model.get_submodule(path), leaf)
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(_sample(value).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -60,7 +60,8 @@ def low_rank_linear(x: Tensor, weight: Matrix, bias: Tensor | None, down: Down, 
         kept = None if kept is None else kept.to(dtype)
     matrix, shard = (None, down) if isinstance(down, int) else (down, 0)
     with torch.autocast(x.device.type, enabled=False):  # it would undo the widening
-        return _LowRankLinear.apply(x, kept, bias, matrix, up, scale, shard, decode)
+        y = _LowRankLinear.apply(x, kept, bias, matrix, up, scale, shard, decode)  # (n, out)
+    return y.view(*x.shape[:-1], y.shape[-1])  # out here, or what changes its views in place (DeBERTa) is forbidden to
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -107,7 +108,7 @@ class _LowRankLinear(torch.autograd.Function):
         y = sum_of_products(rows, w.T, h, (scale * up).T, bias)  # (n, out)
         ctx.save_for_backward(x, weight, down, up, h)
         ctx.scale, ctx.shard, ctx.decode = scale, shard, decode
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable

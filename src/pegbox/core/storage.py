@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pegbox.core.errors import CannotMerge
 from pegbox.core.low_rank import Matrix
 
 
@@ -36,6 +38,14 @@ class Storage(ABC):
     @abstractmethod
     def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
         """A plain matrix kept in the same way, with the same settings."""
+
+    def mark(self, module: nn.Module, leaf: str) -> Tensor:
+        """What a fingerprint is taken of."""
+        return self.decode(module, leaf)
+
+    def still(self, module: nn.Module) -> tuple[str, Any] | None:
+        """Keep the module from changing what it keeps when it is called: the attribute set, and what it was."""
+        return None
 
     def twin(self, module: nn.Module, leaf: str, kept: nn.Parameter) -> nn.Module:
         """The module with another parameter; the original is left as it is."""
@@ -69,7 +79,7 @@ def _of_library(kept: Any) -> Storage | None:
     library = type(kept).__module__.partition(".")[0]
     if library == "bitsandbytes":
         return _of_bitsandbytes(kept)
-    return TorchAO() if library == "torchao" else None
+    return TorchAO(kept) if library == "torchao" else None
 
 
 # -- bitsandbytes ----------------------------------------------------------------------------------------------------
@@ -86,7 +96,11 @@ def _of_bitsandbytes(kept: Any) -> Storage | None:
 
 
 class FourBit(Storage):
-    """`bitsandbytes.nn.Linear4bit`."""
+    """`bitsandbytes.nn.Linear4bit`.
+
+    On a CPU with bf16 units the module repacks its codes for a faster kernel when it is called in eval, and rounds its
+    scales to bfloat16 for good.  `still` keeps it from that while it carries adapters.
+    """
 
     def __init__(self, kind: str) -> None:
         self.name = kind
@@ -94,15 +108,25 @@ class FourBit(Storage):
     def decode(self, module: nn.Module, leaf: str) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        kept: Any = getattr(module, leaf)
-        return dequantize_4bit(kept.data, kept.quant_state)
+        return dequantize_4bit(*self._unpacked(getattr(module, leaf)))
+
+    def mark(self, module: nn.Module, leaf: str) -> Tensor:
+        """Decoded with scales as repacking rounds them, so that it changes no fingerprint."""
+        from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+
+        codes, state = self._unpacked(getattr(module, leaf))
+        scales = state.absmax
+        if state.nested:
+            scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        state.absmax, state.nested = scales.to(torch.bfloat16).float(), False
+        return dequantize_4bit(codes, state)
 
     def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
         from bitsandbytes.nn import Params4bit
 
         kept: Any = getattr(module, leaf)
         plain = Params4bit(
-            value.to(kept.quant_state.dtype),
+            value.to(self.dtype(module, leaf)),
             requires_grad=False,
             blocksize=kept.blocksize,
             compress_statistics=kept.compress_statistics,
@@ -116,10 +140,30 @@ class FourBit(Storage):
         return torch.Size(getattr(module, leaf).quant_state.shape)  # type: ignore[union-attr]
 
     def dtype(self, module: nn.Module, leaf: str) -> torch.dtype:
-        return getattr(module, leaf).quant_state.dtype  # type: ignore[union-attr, no-any-return]
+        state: Any = getattr(module, leaf).quant_state  # type: ignore[union-attr]
+        packed = getattr(state, "packing_format_for_cpu", False)
+        found: torch.dtype = state.original_dtype if packed else state.dtype
+        return found
 
     def compute_dtype(self, module: nn.Module) -> torch.dtype | None:
         return module.compute_dtype  # type: ignore[return-value]
+
+    def still(self, module: nn.Module) -> tuple[str, Any] | None:
+        before = module.support_avx512bf16_for_cpu
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        return "support_avx512bf16_for_cpu", before
+
+    def _unpacked(self, kept: Any) -> tuple[Tensor, Any]:
+        """Codes and a copy of the quantisation state, in bitsandbytes' usual order."""
+        state = copy.copy(kept.quant_state)
+        if not getattr(state, "packing_format_for_cpu", False):
+            return kept.data, state
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        scales, state.original_nested = state.absmax, False
+        codes, state = _convert_weight_packed_for_cpu_inverse(kept.data, state)
+        state.absmax = scales.T.reshape(-1).float()
+        return codes, state
 
 
 class EightBit(Storage):
@@ -160,15 +204,54 @@ class EightBit(Storage):
 
 
 class TorchAO(Storage):
-    """A weight-only tensor subclass of torchao."""
+    """A weight-only tensor subclass of torchao, in a module of an ordinary class."""
 
-    name = "torchao"
+    def __init__(self, kept: Any) -> None:
+        self.name = f"torchao {_bits(kept)}"
+        self.rounds_inputs = any(getattr(kept, word, None) is not None for word in _INPUTS_TOO)
 
     def decode(self, module: nn.Module, leaf: str) -> Tensor:
-        return getattr(module, leaf).dequantize()  # type: ignore[no-any-return]
+        return getattr(module, leaf).dequantize()  # type: ignore[no-any-return, operator]
 
     def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
-        raise NotImplementedError
+        from torchao.quantization import quantize_
+
+        kept: Any = getattr(module, leaf)
+        config = _same_again(kept)
+        if config is None:
+            raise CannotMerge(
+                f"a weight kept as {type(kept).__name__} cannot be encoded anew; merge without requantise leaves a "
+                "plain layer, which torchao can quantise again"
+            )
+        holder = nn.Sequential(nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta"))
+        holder[0].weight = nn.Parameter(value.to(kept.dtype), requires_grad=False)
+        quantize_(holder, config)
+        return holder[0].weight  # type: ignore[return-value]
+
+
+_INPUTS_TOO = ("act_quant_kwargs", "activation_quantization")  # set where inputs are rounded too
+
+
+def _bits(kept: Any) -> str:
+    target = getattr(kept, "target_dtype", None)
+    if target is not None:
+        return str(target).removeprefix("torch.")
+    found = re.search(r"Int(\d+)", type(kept).__name__)
+    return f"int{found[1]}" if found else type(kept).__name__
+
+
+def _same_again(kept: Any) -> Any:
+    """The configuration that quantises as `kept` is, or None where it cannot be told."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup, PerRow
+
+    if any(getattr(kept, word, None) is not None for word in _INPUTS_TOO):
+        return None
+    kind, block = type(kept).__name__, tuple(getattr(kept, "block_size", ()))
+    grain = PerRow() if block and block[-1] == kept.shape[-1] else PerGroup(block[-1]) if block else None
+    if kind == "Int8Tensor":
+        return Int8WeightOnlyConfig(granularity=grain, set_inductor_config=False)
+    return IntxWeightOnlyConfig(kept.target_dtype, grain) if kind == "IntxUnpackedToInt8Tensor" else None
 
 
 # -- what sites ask ----------------------------------------------------------------------------------------------------
@@ -185,6 +268,23 @@ def decoded(module: nn.Module, leaf: str) -> Tensor:
     kept = of(module, leaf)
     value: Tensor = kept.decode(module, leaf) if kept else getattr(module, leaf)
     return value
+
+
+def mark(module: nn.Module, leaf: str) -> Tensor:
+    """What a fingerprint is taken of: a parameter as plain numbers."""
+    kept = of(module, leaf)
+    value: Tensor = kept.mark(module, leaf) if kept else getattr(module, leaf)
+    return value
+
+
+def still(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Keep quantised modules from changing what they keep when they are called: attributes, and what they were."""
+    found = []
+    for module in model.modules():
+        kept = of(module, "weight") if "weight" in module._parameters else None
+        if kept and (before := kept.still(module)):
+            found.append((module, *before))
+    return found
 
 
 def matrix(module: nn.Module, leaf: str) -> Matrix:
@@ -252,16 +352,27 @@ class Drift:
     of_change: float
 
 
-def rebuilt(layer: nn.Module, leaf: str, value: Tensor, requantise: bool) -> nn.Module:
-    """A layer in the place of a quantised one, with another matrix: plain, or kept in the same way.
+def encoded(layer: nn.Module, leaf: str, value: Tensor) -> nn.Parameter:
+    """Another matrix, in the layer's own layout, kept as the layer keeps its own.
+
+    Raises:
+        CannotMerge: there is no telling how it was encoded.
+    """
+    kept = of(layer, leaf)
+    assert kept is not None
+    return kept.encode(value, layer, leaf)
+
+
+def rebuilt(layer: nn.Module, leaf: str, value: Tensor) -> nn.Module:
+    """A layer in the place of a quantised one, with another matrix: plain, or encoded before by `encoded`.
 
     Args:
         value: the new matrix, in the layer's own layout.
     """
     kept = of(layer, leaf)
     assert kept is not None
-    if requantise:
-        return kept.twin(layer, leaf, kept.encode(value, layer, leaf))
+    if type(value) not in (Tensor, nn.Parameter):
+        return kept.twin(layer, leaf, value)  # type: ignore[arg-type]
     assert isinstance(layer, nn.Linear)
     plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     plain.weight = nn.Parameter(value, requires_grad=False)
@@ -284,7 +395,7 @@ def plain(model: nn.Module) -> Iterator[None]:
     for path in [name_.rpartition(".")[0] for name_ in quantised_parameters(model) if name_.endswith(".weight")]:
         parent, _, child = path.rpartition(".")
         holder, layer = model.get_submodule(parent), model.get_submodule(path)
-        setattr(holder, child, rebuilt(layer, "weight", decoded(layer, "weight").to(dtype_), requantise=False))
+        setattr(holder, child, rebuilt(layer, "weight", decoded(layer, "weight").to(dtype_)))
         replaced.append((holder, child, layer))
     config: Any = getattr(model, "config", None)
     said = config.__dict__.pop("quantization_config", None) if config is not None else None

@@ -64,6 +64,7 @@ class Tuned(nn.Module):
         self._unmerged: dict[str, tuple[nn.Module, str, nn.Parameter | nn.Module]] | None = None  # while merged
         self._untied = False  # whether merging told the config so
         self.merge_drift: dict[str, storage.Drift] = {}  # by path of a matrix that merging has encoded anew
+        self._still = storage.still(model)  # attributes of quantised modules, as they were
         self._watched = True  # whether no site is known to be bypassed
         if method is not None:
             self.add(name, method, also_train=also_train, seed=seed)
@@ -391,6 +392,8 @@ class Tuned(nn.Module):
         for site in self._sites.values():
             site.release()
         self._sites.clear()
+        for module, attribute, before in self._still:
+            setattr(module, attribute, before)
         self._restore_requires_grad()
         return self.model
 
@@ -422,13 +425,14 @@ class Tuned(nn.Module):
                         f"{type(graft).__name__} at {path or 'the model'} acts on activations, not on a weight"
                     )
         merged = [(site, *pair) for site in self._sites.values() for pair in _merged(site)]
+        kept = [_in_place_of(*entry, requantise) for entry in merged]
         self._unmerged, self.merge_drift = {}, {}
-        quantised = [entry for entry in merged if storage.name(*entry[0].locate(entry[1]))]
-        for entry in merged:
-            if entry not in quantised:
+        for entry, packed in zip(merged, kept, strict=True):
+            if packed is None:
                 self._swap(*entry)
-        for entry in quantised:
-            self._rebuild(*entry, requantise)
+        for entry, packed in zip(merged, kept, strict=True):
+            if packed is not None:
+                self._rebuild(*entry, packed)
         for site in self._sites.values():
             site.release()
         return self.model
@@ -441,16 +445,15 @@ class Tuned(nn.Module):
         self._untied = _untie(self.model, kept) or self._untied
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
-    def _rebuild(self, site: ModuleSite, dotted: str, value: Tensor, requantise: bool) -> None:
-        """Another layer in the place of a quantised one."""
+    def _rebuild(self, site: ModuleSite, dotted: str, value: Tensor, kept: Tensor) -> None:
+        """Another layer in the place of a quantised one, which keeps `kept` for the merged `value`."""
         path = ".".join(word for word in (site.path, dotted.rpartition(".")[0]) if word)
         layer, leaf = site.locate(dotted)
         parent, _, child = path.rpartition(".")
+        holder, rebuilt = self.model.get_submodule(parent), storage.rebuilt(layer, leaf, kept)
         assert self._unmerged is not None
-        holder = self.model.get_submodule(parent)
         self._unmerged[f"{path} whole"] = (holder, child, layer)
-        rebuilt = storage.rebuilt(layer, leaf, value, requantise)
-        if requantise:
+        if kept is not value:
             self.merge_drift[path] = storage.drift(layer, rebuilt, leaf, value)
         setattr(holder, child, rebuilt)
 
@@ -478,6 +481,14 @@ def _merged(site: ModuleSite) -> list[tuple[str, Tensor]]:
             kept = dict(site.module.named_parameters())
             out += [(n, v.detach().to(kept[n].dtype).clone()) for n, v in graft.current().items()]
     return out
+
+
+def _in_place_of(site: ModuleSite, parameter: str, value: Tensor, requantise: bool) -> Tensor | None:
+    """What is kept in the place of a quantised parameter: the merged value, or that encoded; None of a plain one."""
+    module, leaf = site.locate(parameter)
+    if storage.name(module, leaf) is None:
+        return None
+    return storage.encoded(module, leaf, value) if requantise else value
 
 
 def _plain_dtype(site: ModuleSite, parameter: str) -> torch.dtype | None:
