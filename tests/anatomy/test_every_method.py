@@ -46,20 +46,7 @@ ARCHITECTURES = {
     "llava": "LlavaForConditionalGeneration",
 }
 EVERYWHERE = ("lora", "dora", "miss", "bat", "full")  # what no architecture may refuse
-BIASES = {
-    "phi",
-    "gpt_neox",
-    "distilbert",
-    "deberta",
-    "deberta-v2",
-    "bart",
-    "whisper",
-    "swin",
-    "clip",
-    "llava",
-    "gemma3",
-}
-BIASES |= {"qwen2_moe"}
+NO_BIASES = {"gemma", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"}
 TOKENS = set(ARCHITECTURES) - {"whisper", "swin"}
 
 # What a refusal says where an architecture lacks what `traits.needs` names.

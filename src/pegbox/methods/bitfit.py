@@ -39,7 +39,8 @@ class BitFit(Method):
 
     def sites(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
         modules = dict(model.named_modules())
-        paths = [p for p in super().sites(model, anatomy) if isinstance(getattr(modules[p], "bias", None), Tensor)]
+        named = [path for path in super().sites(model, anatomy) if path in modules]  # a matrix alone has no bias
+        paths = [path for path in named if isinstance(getattr(modules[path], "bias", None), Tensor)]
         if not paths:
             raise TargetError(f"bitfit trains biases, and {self.targets!r} names no module of this model that has one")
         return paths
