@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,3 +107,17 @@ def test_an_error_on_the_way_leaves_nothing_behind() -> None:
         tuned(input_ids=ids + 1000)
     embed = tuned.get_input_embeddings()
     assert torch.equal(embed(ids), embed.weight[ids])
+
+
+@pytest.mark.parametrize("start", ["RANDOM", "SAMPLE_VOCAB"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what PEFT calls
+def test_pefts_prompt_for_an_encoder_decoder_is_the_encoders_half(start: str, tmp_path: Path) -> None:
+    """PEFT keeps as many tokens for the decoder, and never reads them."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", prompt_tuning_init=start)
+    theirs = peft.get_peft_model(family("t5"), config).eval()
+    assert theirs.prompt_encoder["default"].embedding.weight.shape == (6, 32)
+    theirs.save_pretrained(str(tmp_path))
+    tuned, batch = pegbox.load(family("t5"), tmp_path), translation(0)
+    assert tuned.count()[0] == 3 * 32
+    assert torch.allclose(tuned(**batch).logits, theirs(**batch).logits, atol=1e-5)

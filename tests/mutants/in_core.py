@@ -11,10 +11,10 @@ from torch import nn
 from torch.func import functional_call
 
 from pegbox.anatomy.anatomy import Anatomy
-from pegbox.core import adapter, compose, files, graft, rows, settings, site, tokens, tuned
+from pegbox.core import adapter, compose, files, graft, prefix, rows, settings, site, tokens, tuned
 from pegbox.core.errors import TargetError
 
-from .in_methods import BAT, BITFIT, DORA, FULL, LORA, PROMPT, SERIES
+from .in_methods import BAT, BITFIT, DORA, FULL, LORA, PREFIX, PROMPT, SERIES
 from .mutant import Mutant, around, both, put
 
 Tuned = tuned.Tuned
@@ -75,7 +75,7 @@ def nearly(original: Any, at: Any) -> Any:
     return [(parameter, 0.99 * value) for parameter, value in original(at)]
 
 
-def wide(original: Any, self: Any, parameter: str, value: Any) -> Any:
+def wide(original: Any, self: Any, parameter: str, value: Any, dtype: Any = None) -> Any:
     return original(self, parameter, value).float()
 
 
@@ -141,6 +141,10 @@ def unmasked(
     return original(self, base, input_ids=input_ids, **given)
 
 
+def all_seen(counts: Any, n: int, device: Any) -> torch.Tensor:
+    return torch.ones(len(counts), n, dtype=torch.bool, device=device)
+
+
 def half_masters(original: Any, self: Any, *args: Any, **given: Any) -> None:
     original(self, *args, **given)
     base = next(self.model.parameters()).dtype
@@ -176,7 +180,7 @@ MUTANTS = [
     Mutant("groups_hold_what_trains", LORA, "the last parameter is left out", around(Tuned, "groups", without_last)),
     Mutant("resumes_to_the_same_bits", LORA, "files are in bfloat16", around(files, "_write_tensors", coarse)),
     Mutant("training_moves_the_base", FULL, "the learning rate is lost", around(Tuned, "groups", without_rate)),
-    Mutant("detach_gives_the_base_back", LORA, "forwards stay", put(site.Site, "release", lambda self: None)),
+    Mutant("detach_gives_the_base_back", LORA, "forwards stay", put(site.ModuleSite, "release", lambda self: None)),
     Mutant(
         "detach_gives_the_base_back",
         LORA,
@@ -184,18 +188,24 @@ MUTANTS = [
         put(Tuned, "_restore_requires_grad", lambda self: None),
     ),
     Mutant("disabled_is_the_base", LORA, "disabled() does nothing", put(Tuned, "disabled", nothing)),
-    Mutant("disabled_costs_nothing", LORA, "grafts run in vain", around(site.Site, "__call__", called_for_nothing)),
-    Mutant("hooks_run_as_on_the_base", BITFIT, "a site calls its module again", put(site.Site, "run_whole", by_call)),
+    Mutant(
+        "disabled_costs_nothing", LORA, "grafts run in vain", around(site.ModuleSite, "__call__", called_for_nothing)
+    ),
+    Mutant(
+        "hooks_run_as_on_the_base", BITFIT, "a site calls its module again", put(site.ModuleSite, "run_whole", by_call)
+    ),
     Mutant("disabling_is_refused", FULL, "a moved base passes for the base", put(Tuned, "disabled", nothing)),
     Mutant("merged_equals_forward", LORA, "a merge of 99 per cent", around(tuned, "_merged", nearly)),
     Mutant(
         "merged_equals_forward",
         LORA,
         "the layout of Conv1D is forgotten",
-        put(site.Site, "stored", lambda self, parameter, value: value),
+        put(site.ModuleSite, "stored", lambda self, parameter, value, dtype=None: value),
         family="gpt2",
     ),
-    Mutant("merged_equals_forward_in_bf16", LORA, "merged weights are float32", around(site.Site, "stored", wide)),
+    Mutant(
+        "merged_equals_forward_in_bf16", LORA, "merged weights are float32", around(site.ModuleSite, "stored", wide)
+    ),
     Mutant("merged_equals_forward_in_bf16", LORA, "a merge of 99 per cent, twice", around(tuned, "_merged", nearly)),
     Mutant("unmerge_restores_bits", LORA, "unmerging by arithmetic", around(Tuned, "unmerge", by_arithmetic)),
     Mutant("unmerge_restores_bits", FULL, "the sites stay released", put(Tuned, "unmerge", lambda self: self)),
@@ -235,9 +245,25 @@ MUTANTS = [
         "a_cache_changes_nothing",
         PROMPT,
         "the prompt is put in at every token",
-        put(tokens, "_cached", lambda _: False),
+        put(tokens, "cached_length", lambda _: 0),
     ),
     Mutant(
         "padding_changes_nothing", PROMPT, "padding is attended to", around(tokens.InsertGraft, "forward", unmasked)
+    ),
+    Mutant("rows_mix_methods", PREFIX, "a shorter prefix shows its padding", put(prefix, "right_aligned", all_seen)),
+    Mutant("rows_write_as_alone", PROMPT, "a shorter prompt shows its padding", put(tokens, "right_aligned", all_seen)),
+    Mutant(
+        "a_packed_row_is_its_examples",
+        PREFIX,
+        "positions run on through a packed row",
+        around(
+            prefix.ShiftGraft, "forward", lambda f, self, base, **kw: f(self, base, **(kw | {"position_ids": None}))
+        ),
+    ),
+    Mutant(
+        "packed_rows_are_refused",
+        PROMPT,
+        "packing is not seen",
+        put(tokens, "_shifted", lambda positions, n, packed: positions),
     ),
 ]

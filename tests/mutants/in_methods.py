@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from pegbox.checks import Case
-from pegbox.core import LowRankGraft, Method
+from pegbox.core import LowRankGraft, Method, Tuned
 from pegbox.core.low_rank import as_matrix
 from pegbox.methods.bitfit import BitFit
 from pegbox.methods.dora import DoRAGraft
 from pegbox.methods.full import Full
+from pegbox.methods.lisa import LISA
 from pegbox.methods.lora import LoRA, LoRAGraft
 from pegbox.methods.miss import MiSS
 from pegbox.methods.prompt_tuning import Prompt, PromptTuning
@@ -32,9 +33,11 @@ MISS = Case("miss", {"rank": 5})
 MINI = Case("miss", {"rank": 8, "mini": 4})
 BAT = Case("bat", {"rank": 4})
 SERIES = Case("series", {"bottleneck": 4})
+PREFIX = Case("prefix_tuning", {"tokens": 3})
 PROMPT = Case("prompt_tuning", {"tokens": 3})
 BITFIT = Case("bitfit")
 FULL = Case("full")
+TURNS = Case("lisa", {"active": 1, "period": 2})
 MASKED = Case(Masked)
 
 
@@ -146,6 +149,14 @@ MUTANTS = [
         LORA,
         "A never moves",
         after_init(LoRAGraft, lambda g: g.a.register_hook(lambda grad: 0 * grad)),
+    ),
+    Mutant("turns_as_declared", TURNS, "turns are not declared", declare(LISA, in_turn=False)),
+    Mutant("turns_as_declared", TURNS, "nothing ever rests", put(LISA, "before_step", lambda self, *_: None)),
+    Mutant(
+        "turns_as_declared",
+        TURNS,
+        "groups without what rests",
+        put(Tuned, "_ever", lambda self: self.trainable()),
     ),
     Mutant("dropout_rests_in_eval", LORA, "dropout stays on in eval", dropped(lambda self: self.dropout)),
     Mutant("dropout_acts_in_training", LORA, "dropout is forgotten", dropped(lambda self: 0.0)),

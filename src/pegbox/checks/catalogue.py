@@ -14,6 +14,7 @@ from pegbox.checks import (
     learning,
     leaving,
     merging,
+    mixing,
     precision,
     saving,
 )
@@ -28,6 +29,7 @@ THEMES = (
     merging,
     saving,
     composing,
+    mixing,
     precision,
     compiling,
     copying,

@@ -15,6 +15,7 @@ from pegbox.checks.check import check, require
 from pegbox.checks.lab import Lab, every, require_close, require_different
 from pegbox.checks.when import named_in_peft
 from pegbox.core.files import CONFIG, TENSORS
+from pegbox.core.tuned import Tuned
 
 
 @check(named_in_peft)
@@ -26,14 +27,26 @@ def peft_loads_ours(lab: Lab) -> None:
     folder = lab.save(tuned)
     theirs = _quietly(PeftModel.from_pretrained, lab.model(), str(folder)).eval()
     require_close(_output(lab, theirs), lab.output(tuned), "the adapter in PEFT")
+    tuned = _as_kept(lab, tuned, theirs)
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_("default" in name.split("."))
     lab.gradients(tuned)
-    lab.loss(theirs).backward()
+    _quietly(lab.loss, theirs).backward()
     _as_values(tuned.trainable().values())
     _as_values(theirs.parameters())
     _quietly(theirs.save_pretrained, str(lab.folder / "theirs"))
     every(load_file(lab.folder / "theirs" / TENSORS), load_file(lab.save(tuned) / TENSORS), require_close, "gradients")
+
+
+def _as_kept(lab: Lab, tuned: Tuned, theirs: Any) -> Tuned:
+    """The adapter as PEFT keeps it: a prompt, say, without the network that made it; mostly the adapter itself."""
+    ours, kept = lab.folder / "adapter", lab.folder / "kept"
+    _quietly(theirs.save_pretrained, str(kept))
+    if load_file(kept / TENSORS).keys() == load_file(ours / TENSORS).keys():
+        return tuned
+    again = lab.load(kept, lab.model())
+    require_close(lab.output(again), lab.output(tuned), "the adapter as PEFT keeps it")
+    return again
 
 
 @check(named_in_peft)
@@ -59,7 +72,7 @@ def pefts_files_load(lab: Lab) -> None:
 
 def _output(lab: Lab, theirs: nn.Module) -> Tensor:
     """PEFT's outputs; it leaves those of a prompt's tokens in."""
-    out = lab.output(theirs)
+    out: Tensor = _quietly(lab.output, theirs)
     rows = lab.output(lab.model()).shape
     return out[:, -rows[1] :] if out.ndim == 3 else out
 

@@ -13,10 +13,20 @@ if TYPE_CHECKING:
     from pegbox.core.context import Context
     from pegbox.core.graft import CopyGraft, Graft, LowRankGraft, WeightGraft, low_rank_pair
     from pegbox.core.low_rank import Down, rescale
-    from pegbox.core.method import Anatomy, Method, PeftLayout, Traits
+    from pegbox.core.method import Anatomy, Method, PeftLayout, Preset, Traits, by_settings
+    from pegbox.core.prefix import Pairs, Place, Survey, key_shape, prefix_graft, survey
     from pegbox.core.settings import setting
     from pegbox.core.site import Base, Site
-    from pegbox.core.tokens import VirtualTokens, token_graft, token_sites
+    from pegbox.core.skips import FeatureGraft, Skip, Skips
+    from pegbox.core.taps import SideGraft, Tape, Taps, Trunk, tap_graft, tap_sites
+    from pegbox.core.tokens import (
+        VirtualTokens,
+        decoder_path,
+        encoder_half,
+        token_graft,
+        token_peft,
+        token_sites,
+    )
     from pegbox.core.tuned import Tuned
 
 _FILES = {
@@ -24,10 +34,13 @@ _FILES = {
     "context": ("Context",),
     "graft": ("CopyGraft", "Graft", "LowRankGraft", "WeightGraft", "low_rank_pair"),
     "low_rank": ("Down", "rescale"),
-    "method": ("Anatomy", "Method", "PeftLayout", "Traits"),
+    "method": ("Anatomy", "Method", "PeftLayout", "Preset", "Traits", "by_settings"),
+    "prefix": ("Pairs", "Place", "Survey", "key_shape", "prefix_graft", "survey"),
     "settings": ("setting",),
     "site": ("Base", "Site"),
-    "tokens": ("VirtualTokens", "token_graft", "token_sites"),
+    "skips": ("FeatureGraft", "Skip", "Skips"),
+    "taps": ("SideGraft", "Tape", "Taps", "Trunk", "tap_graft", "tap_sites"),
+    "tokens": ("VirtualTokens", "decoder_path", "encoder_half", "token_graft", "token_peft", "token_sites"),
     "tuned": ("Tuned",),
 }
 _WHERE = {name: file for file, names in _FILES.items() for name in names}
@@ -38,21 +51,41 @@ __all__ = [
     "Context",
     "CopyGraft",
     "Down",
+    "FeatureGraft",
     "Graft",
     "LowRankGraft",
     "Method",
+    "Pairs",
     "PeftLayout",
+    "Place",
+    "Preset",
+    "SideGraft",
     "Site",
+    "Skip",
+    "Skips",
     "Stack",
     "Sum",
+    "Survey",
+    "Tape",
+    "Taps",
     "Traits",
+    "Trunk",
     "Tuned",
     "VirtualTokens",
     "WeightGraft",
+    "by_settings",
+    "decoder_path",
+    "encoder_half",
+    "key_shape",
     "low_rank_pair",
+    "prefix_graft",
     "rescale",
     "setting",
+    "survey",
+    "tap_graft",
+    "tap_sites",
     "token_graft",
+    "token_peft",
     "token_sites",
 ]
 

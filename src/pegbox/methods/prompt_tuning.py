@@ -4,11 +4,13 @@
 
 p starts as embeddings of ids drawn from the vocabulary, the better of the paper's simple starts; HF PEFT's default is
 a normal draw.  An encoder-decoder gets its prompt before the encoder's tokens, as in the paper, and its decoder
-attends to it.
+attends to it.  HF PEFT keeps as many tokens again for the decoder (`num_transformer_submodules=2`, its default there),
+which it never reads; from such a file the encoder's are taken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,8 +25,10 @@ from pegbox.core import (
     Site,
     Traits,
     VirtualTokens,
+    encoder_half,
     setting,
     token_graft,
+    token_peft,
     token_sites,
 )
 
@@ -49,6 +53,7 @@ class PromptTuning(Method):
         card="peft-unit-tests",
         identity=False,
         merge="no",
+        packs=False,
         needs=("token ids",),
         peft=PeftLayout(
             "PROMPT_TUNING", tensors={"prompt": "prompt_embeddings"}, fields={"tokens": "num_virtual_tokens"}
@@ -72,16 +77,10 @@ class PromptTuning(Method):
         return token_graft(site, shared)
 
     def size(self, site: Site) -> int:
-        return self.tokens * site.shape[1] if isinstance(site.module, nn.Embedding) else 0
+        return self.tokens * site.module.embedding_dim if isinstance(site.module, nn.Embedding) else 0
+
+    def unpack(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return encoder_half(tensors, own)
 
     def peft_extra(self, model: nn.Module) -> dict[str, Any]:
-        config: Any = getattr(model, "config", None)
-        if config is None:
-            return {}
-        return {
-            "token_dim": config.hidden_size,
-            "num_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_transformer_submodules": 1,
-            "prompt_tuning_init": "RANDOM",
-        }
+        return token_peft(model) | {"prompt_tuning_init": "RANDOM"}
