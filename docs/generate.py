@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import sys
@@ -39,6 +40,9 @@ def pages() -> Iterator[tuple[Path, str]]:
         path = DOCS / "methods" / f"{name}.md"
         yield path, method_page(name, path.read_text() if path.exists() else "")
     yield DOCS / "methods" / "index.md", methods_table()
+    yield DOCS / "sites.md", sites_page()
+    yield DOCS / "peft.md", peft_page((DOCS / "peft.md").read_text())
+    yield DOCS / "reference" / "architectures.md", architectures_page()
     yield DOCS / "reference" / "settings.md", settings_page()
     yield DOCS / "reference" / "cli.md", command_line_page()
 
@@ -55,6 +59,7 @@ def method_page(name: str, old: str) -> str:
         "```text\n" + entry["text"] + "\n```",
         "## Settings",
         settings_table(entry["settings"]),
+        *presets(entry),
         "## Traits",
         traits_table(entry),
         "## Measured effect",
@@ -72,6 +77,18 @@ def settings_table(schema: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"| `{k}` | `{json.dumps(d)}` | {b} | {h} |" for k, d, b, h in rows)])
 
 
+def presets(entry: Mapping[str, Any]) -> list[str]:
+    """A section on named settings, where a method has some."""
+    if not entry["presets"]:
+        return []
+    lines = ["`preset=NAME` (`method.preset=NAME` of a run); settings given beside it win.", ""]
+    lines += ["| preset | settings | source |", "| --- | --- | --- |"]
+    for name, preset in entry["presets"].items():
+        chosen = ", ".join(f"`{k}={json.dumps(v)}`" for k, v in preset["settings"].items())
+        lines.append(f"| `{name}` | {chosen} | {preset['source']} |")
+    return ["## Presets", "\n".join(lines)]
+
+
 def bounds(spec: Mapping[str, Any]) -> str:
     words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     said = [f"{words[k]} {spec[k]}" for k in words if k in spec]
@@ -87,6 +104,7 @@ def traits_table(entry: Mapping[str, Any]) -> str:
         "linear in its parameters": "yes" if traits["linear"] else "no",
         "exact as a LoRA": "yes" if traits["to_lora"] else "no",
         "leaves the base's tensors alone": "yes" if traits["keeps_base"] else "no",
+        "trains its tensors in turn": "yes" if traits["in_turn"] else "no",
         "may differ per row of a batch": "yes" if traits["per_row"] else "no",
         "needs": ", ".join(traits["needs"]) or "nothing",
         "HF PEFT": f"`{traits['peft']}`, files go both ways" if traits["peft"] else "has no such file format",
@@ -124,6 +142,105 @@ def methods_table() -> str:
         cells = (f"[{name}]({name}.md)", entry["title"], seams, start, traits["merge"], traits["peft"] or "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "As JSON, with settings and traits: `pegbox methods --json`."]) + "\n"
+
+
+def peft_page(old: str) -> str:
+    """The hand-written head of the page on `peft:NAME`, kept, and the matrix of PEFT's tuners."""
+    from pegbox import peft_bridge
+
+    entries = peft_bridge.matrix(methods.catalogue())
+    lines = ["| method | usual targets | start | merges | per row | needs | Pegbox's own |", "| " + "--- | " * 7]
+    for entry in entries:
+        if entry["refused"]:
+            continue
+        own = ", ".join(f"[{name}](methods/{name}.md)" for name in entry["ours"]) or "-"
+        start = "identity" if entry["identity"] else "changed"
+        needs = ", ".join(entry["needs"]) or "-"
+        cells = (f"`{entry['name']}`", entry["targets"], start, entry["merge"], entry["per_row"], needs, own)
+        lines.append("| " + " | ".join(cells) + " |")
+    missing = [f"- `{e['name']}`: {e['refused']}." for e in entries if e["refused"]]
+    odd = [f"- `{e['name']}` on {kind}: {why}." for e in entries for kind, why in e["not_on"].items()]
+    odd += [f"- `{e['name']}`, `{check}`: {why}." for e in entries for check, why in e["xfail"].items()]
+    parts = [
+        old.partition(BEGIN)[0].rstrip(),
+        BEGIN,
+        "\n".join(lines),
+        "## Not reached",
+        "\n".join(missing),
+        "## What PEFT's code does not do",
+        "\n".join(odd),
+        END,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def sites_page() -> str:
+    """Every method on every kind of site and storage, as trying it out says."""
+    from pegbox.checks.sites import PLACES, on_sites, outcome
+
+    reasons: dict[str, int] = {}
+    lines = [
+        "# Sites",
+        "",
+        "Which method works on which kind of site, and on which quantised storage. Made by trying: each method is put on",
+        "a small model of each kind, run forwards and backwards, merged where it merges, and taken off again, which must",
+        "give back the base bit for bit. Where it refuses, the number says with what words. Methods that act on a whole",
+        "model (virtual tokens, networks beside it, skips) are not here.",
+        "",
+        "| method | " + " | ".join(place.name for place in PLACES) + " |",
+        "| --- |" + " --- |" * len(PLACES),
+    ]
+    for cls in on_sites():
+        cells = []
+        for place in PLACES:
+            why = outcome(cls, place)
+            cells.append("yes" if why is None else f"refused ({reasons.setdefault(why, len(reasons) + 1)})")
+        lines.append(f"| [{cls.name()}](methods/{cls.name()}.md) | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{number}. {why}" for why, number in reasons.items())]
+    return "\n".join(lines) + "\n"
+
+
+def architectures_page() -> str:
+    """What targets may name: every role, and the architectures that a data file describes."""
+    from pegbox.anatomy import ROLES, tables
+
+    files: dict[str, dict[str, tables.Table]] = {}
+    for name, table in {**tables.by_model_type(), **tables.by_class()}.items():
+        files.setdefault(table.source, {})[name] = table
+    lines = [
+        "# Architectures",
+        "",
+        "`targets`, `exclude` and `also_train` name modules by their role, on every architecture alike. A model that no",
+        "file describes is discovered from its structure and the names of its modules;",
+        "`pegbox.anatomy.of(model).describe()` shows the roles of any model. An architecture is one file of",
+        "`pegbox/anatomy`.",
+        "",
+        "In a model of two towers `targets=vision` is the whole of one, and `exclude=text` keeps any other targets to",
+        "it: `method.targets=attn.q,attn.v method.exclude=text`.",
+        "",
+        "| file | model types or classes | roles |",
+        "| --- | --- | --- |",
+    ]
+    for source in sorted(files):
+        held = {role for table in files[source].values() for role in (*table.roles, *part_roles(table))}
+        roles = ", ".join(f"`{role}`" for role in ROLES if role in held)
+        lines.append(f"| `{source}` | {', '.join(f'`{name}`' for name in files[source])} | {roles} |")
+    notes = [f"- `{source}`: {note}" for source in sorted(files) if (note := first_lines(source))]
+    lines += ["", *notes, "", "## Roles", "", "| role | what has it |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| `{role}` | {meaning} |" for role, meaning in ROLES.items())]) + "\n"
+
+
+def part_roles(table: Any) -> list[str]:
+    """Roles that are only some rows of a matrix."""
+    return [role for split in table.splits.values() for role in split.parts]
+
+
+def first_lines(source: str) -> str:
+    """The remark at the top of a data file of `pegbox.anatomy`."""
+    from importlib import resources
+
+    lines = resources.files("pegbox.anatomy").joinpath(source).read_text(encoding="utf-8").splitlines()
+    return " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
 
 
 def settings_page() -> str:

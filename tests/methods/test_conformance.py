@@ -7,17 +7,51 @@ import pytest
 from pegbox import checks, methods
 from pegbox.checks import Case, Trial
 
+WITH_MLP = ("llama", "gpt2", "bert", "t5", "vit", "nf4", "int8", "tied", "odd")  # that have mlp.up and mlp.down
+
 CASES = [
+    Case("adaptformer", families=("llama", "gpt2", "t5", "vit", "nf4", "tied", "odd")),
+    Case("adaptformer", families=("bert",)),  # whose MLP is no module
     Case("bat", {"rank": 4}),
     Case("bitfit"),
+    Case("compacter", {"division": 2, "reduction": 4}),
+    Case("compacter", {"division": 2, "reduction": 4, "factorized": False, "share": False}, families=("t5",)),
     Case("dora", {"rank": 4, "alpha": 6.0}),
+    Case("dora", {"rank": 4, "alpha": 6.0, "start": "pissa"}, families=("llama", "gpt2")),
     Case("full"),
+    Case("ia3", families=WITH_MLP),
+    Case("ia3", {"targets": "all-linear", "inputs": "fold"}, families=("mlp",)),
+    Case("lisa", {"active": 1, "period": 2}),
+    Case("ladder", {"reduction": 4, "heads": 2}),
     Case("lora", {"rank": 4, "alpha": 6.0}),
     Case("lora", {"rank": 4, "alpha": 3.0, "rslora": True, "b_rate": 16.0}, families=("llama",)),
+    Case("lora", {"rank": 4, "alpha": 6.0, "start": "pissa"}, families=("llama", "gpt2", "odd")),
+    Case("lora", {"rank": 4, "alpha": 6.0, "start": "olora", "rslora": True}, families=("llama",)),
     Case("miss", {"rank": 5}),
     Case("miss", {"rank": 8, "mini": 4}, families=("llama", "gpt2")),
+    Case("parallel", {"bottleneck": 4}, families=WITH_MLP),
+    Case("parallel", {"targets": "all-linear", "bottleneck": 4}, families=("mlp", "unet")),
+    Case("parallel", {"bottleneck": 4, "scale": 0.7, "activation": "identity", "learn_scale": True}, families=WITH_MLP),
+    Case("p_tuning", {"tokens": 3, "hidden": 6}),
+    Case("p_tuning", {"tokens": 3, "hidden": 6, "encoder": "lstm", "lstm_layers": 1}, families=("llama", "bert", "t5")),
+    Case("p_tuning", {"tokens": 3, "encoder": "none"}, families=("llama",)),
+    Case("prefix_tuning", {"tokens": 3}),
+    Case("prefix_tuning", {"tokens": 3, "projection": True, "hidden": 6}, families=("llama", "gpt2", "bert", "vit")),
+    Case("prefix_tuning", {"tokens": 3, "stacks": "decoder"}, families=("t5",)),
     Case("prompt_tuning", {"tokens": 3}),
+    Case("s2ft", {"down": 0.25}),
+    Case(
+        "s2ft",
+        {"down": 0.1, "up": 0.1, "out": 0.5, "v": 0.5, "choose": "weight"},
+        families=("llama", "bert", "t5", "vit", "tied", "odd"),
+    ),
+    Case("scedit"),
+    Case("scedit", {"down_ratio": 0.5, "use_layers": (0, 3)}, families=("unet",)),
     Case("series", {"bottleneck": 4}),
+    Case(
+        methods.make("series", {"preset": "llm-adapters", "bottleneck": 4, "learn_scale": True, "bias": True}),
+        families=("llama",),
+    ),
 ]
 
 TRIALS = [trial for case in CASES for trial in checks.plan(case)]

@@ -6,15 +6,20 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pegbox import peft_bridge
 from pegbox.core.errors import SettingsError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from pegbox.core.files import AdapterFile
     from pegbox.core.method import Method
 
 # other names for the same method, as other tools write them: name -> (method, settings that the name implies)
@@ -27,8 +32,24 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full_ft": ("full", {}),
     "freeze": ("full", {}),
     "prompt": ("prompt_tuning", {}),
+    "lst": ("ladder", {}),
+    "ladder_side_tuning": ("ladder", {}),
+    "sc_tuner": ("scedit", {}),
+    "scetuning": ("scedit", {}),
+    "prefix": ("prefix_tuning", {}),
+    "ptuning": ("p_tuning", {}),
     "adapter": ("series", {}),
     "bottleneck": ("series", {}),
+    "houlsby": ("series", {"preset": "houlsby"}),
+    "double_seq_bn": ("series", {"preset": "houlsby"}),
+    "pfeiffer": ("series", {"preset": "pfeiffer"}),
+    "seq_bn": ("series", {"preset": "pfeiffer"}),
+    "par_bn": ("parallel", {}),
+    "compacter++": ("compacter", {"preset": "compacter++"}),
+    "compacterpp": ("compacter", {"preset": "compacter++"}),
+    "phm": ("compacter", {"preset": "phm-adapter"}),
+    "pissa": ("lora", {"start": "pissa"}),
+    "olora": ("lora", {"start": "olora"}),
 }
 
 # settings as other tools write them: name -> ours
@@ -46,10 +67,20 @@ SETTING_ALIASES = {
     "layers_to_transform": "layers",
     "exclude_modules": "exclude",
     "num_virtual_tokens": "tokens",
+    "prefix_projection": "projection",
+    "encoder_hidden_size": "hidden",
     "bone_r": "rank",
     "miss_dropout": "dropout",
     "mini_r": "mini",
     "bottleneck_size": "bottleneck",
+    "init_lora_weights": "start",
+    "init_weights": "start",
+    "pissa_iter": "niter",
+    "non_linearity": "activation",
+    "phm_dim": "division",
+    "reduction_factor": "reduction",
+    "lisa_activated_layers": "active",
+    "lisa_interval_steps": "period",
 }
 
 
@@ -62,13 +93,15 @@ def get(name: str) -> type[Method]:
     """The class of a method.
 
     Args:
-        name: of a method, an alias of one, or the path of a file that holds one.
+        name: of a method, an alias of one, `peft:NAME` for one of HF PEFT's own, or the path of a file that holds one.
 
     Raises:
         SettingsError: no such method, with the nearest one.
     """
     if name.endswith(".py"):
         return load(Path(name))
+    if peft_bridge.is_bridged(name):
+        return peft_bridge.get(name)
     method = _plain(name)
     known = names()
     if method not in known:
@@ -79,21 +112,33 @@ def get(name: str) -> type[Method]:
 def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     """A method from its name and plain settings, with the names that other tools use accepted for both.
 
+    Args:
+        name: as for `get`; an alias may imply settings.
+        settings: by name; `preset` is a name among the method's presets, whose settings others override.
+
     Raises:
-        SettingsError: an unknown method or setting, a wrong type or range, or one setting given under two names.
+        SettingsError: an unknown method, preset or setting, a wrong type or range, or one setting given under two
+            names.
     """
     from pegbox.core.settings import build
 
     cls = get(name)
     _, implied = ALIASES.get(name.lower(), ("", {}))
-    values = dict(implied)
-    known = _fields(cls)
-    for key, value in (settings or {}).items():
-        ours = key if key in known else SETTING_ALIASES.get(key, key)
-        if ours in values and ours not in implied:
-            raise SettingsError(f"{name}.{ours} is given twice, as {key!r} too")
-        values[ours] = value
+    given = _in_our_names(cls, settings or {})
+    named = given.pop("preset", implied.get("preset"))
+    whole = dict(cls.preset(named).settings) if named is not None else {}
+    values = whole | {k: v for k, v in implied.items() if k != "preset"} | given
     return build(cls, values, what=cls.name())
+
+
+def _in_our_names(cls: type[Method], settings: Mapping[str, Any]) -> dict[str, Any]:
+    known, values = _fields(cls), {}
+    for key, value in settings.items():
+        ours = key if key in known else cls.aliases.get(key, SETTING_ALIASES.get(key, key))
+        if ours in values:
+            raise SettingsError(f"{cls.name()}.{ours} is given twice, as {key!r} too")
+        values[ours] = value
+    return values
 
 
 def load(path: Path) -> type[Method]:
@@ -108,6 +153,23 @@ def load(path: Path) -> type[Method]:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return _only_method(module)
+
+
+def read(directory: str | os.PathLike[str], model: nn.Module | None = None) -> AdapterFile:
+    """An adapter folder, of whatever method here or of HF PEFT's.
+
+    Args:
+        directory: it; with `model` also a LoRA file of diffusers or kohya.
+        model: whose modules such a file's names mean.
+
+    Raises:
+        AdapterError: a missing, truncated, altered or foreign file, or a PEFT setting that no method here means.
+    """
+    from pegbox.core import files, lora_names
+
+    if model is not None and lora_names.found_at(directory):
+        return lora_names.read(directory, model, catalogue().values())
+    return files.read(directory, catalogue().values(), bridge=peft_bridge.of_config)
 
 
 @functools.cache

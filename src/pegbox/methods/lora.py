@@ -4,67 +4,82 @@
 
 W is frozen.  A starts uniform as in the authors' code, not Gaussian as in the paper's text.
 
-Two one-line variants are settings: `rslora`, s = alpha / sqrt(r) (Kalajdzievski, 2023, arXiv:2312.03732), and
-`b_rate`, a learning rate for B that many times A's (LoRA+, Hayou et al., 2024, arXiv:2402.12354; 16 there).
+One-line variants are settings: `rslora`, s = alpha / sqrt(r) (Kalajdzievski, 2023, arXiv:2312.03732); `b_rate`, a
+learning rate for B that many times A's (LoRA+, Hayou et al., 2024, arXiv:2402.12354; 16 there); and `start`, of which
+`pissa` (Meng et al., 2024, arXiv:2404.02948) and `olora` (Büyükakyüz, 2024, arXiv:2406.01775) take A and B from W:
+
+    y = W x + s (B A - B_0 A_0) x        pissa: s B_0 A_0 = the r largest singular values of W
+                                         olora: W = Q R, B_0 = Q_r, A_0 = R_r
+
+Their code takes s B_0 A_0 out of W; here W stays, with frozen A_0 and B_0 beside the factors, so that the adapter is
+a change of the original base.  Its file is the LoRA of rank 2 r that it is.  With dropout, theirs drops inputs of the
+part taken out too, this of the change alone.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from pegbox.core import Down, LowRankGraft, Method, PeftLayout, Site, Traits, low_rank_pair, setting
+from pegbox.core import Down, LowRankGraft, PeftLayout, Preset, Site, Traits, by_settings, setting
+from pegbox.core.low_rank_start import (
+    PEFT_FIELDS,
+    PEFT_FIXED,
+    PEFT_STARTS,
+    PEFT_TRAINS_ALL,
+    LowRankMethod,
+    StartedFactors,
+)
 
 
-class LoRAGraft(LowRankGraft):
+class LoRAGraft(StartedFactors, LowRankGraft):
     def __init__(self, site: Site, method: LoRA) -> None:
         super().__init__()
-        self.a, self.b = low_rank_pair(site, method.rank)
-        self.scale = method.alpha / (math.sqrt(method.rank) if method.rslora else method.rank)
-        self.dropout, self.b_rate = method.dropout, method.b_rate
+        self.start(site, method)
+        self.scale, self.dropout, self.b_rate = method.factor, method.dropout, method.b_rate
 
     def factors(self) -> tuple[Down, Tensor, float]:
-        return self.a, self.b, self.scale
+        return *self.difference(), self.scale
 
     def rates(self) -> dict[str, float]:
         return {"b": self.b_rate}
 
 
+USUAL = Traits(
+    seams=("weight", "update"),
+    card="llm-adapters",
+    to_lora=True,
+    peft=PeftLayout(
+        "LORA",
+        tensors={"a": "lora_A.weight", "b": "lora_B.weight"},
+        fields=PEFT_FIELDS,
+        fixed=PEFT_FIXED | {"use_dora": False},
+        allowed={"init_lora_weights": PEFT_STARTS},
+        embedding={"a": "lora_embedding_A", "b": "lora_embedding_B"},
+        convolution={"a": "kernel", "b": "point"},
+    ),
+)
+FROM_BASE = replace(USUAL, xfail={"peft_loads_ours": PEFT_TRAINS_ALL})
+
+
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
-    rank: int = setting(16, "rank of the update: rows of A, columns of B", at_least=1)
-    alpha: float = setting(32.0, "the update is scaled by alpha / rank", above=0)
-    dropout: float = setting(0.0, "share of the update's inputs dropped while training", at_least=0, below=1)
-    rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead")
+class LoRA(LowRankMethod):
     b_rate: float = setting(1.0, "learning rate of B as a multiple of A's (LoRA+ uses 16)", above=0)
 
-    traits: ClassVar[Traits] = Traits(
-        seams=("weight", "update"),
-        card="llm-adapters",
-        to_lora=True,
-        peft=PeftLayout(
-            "LORA",
-            tensors={"a": "lora_A.weight", "b": "lora_B.weight"},
-            fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"},
-            fixed={
-                "use_dora": False,
-                "bias": "none",
-                "rank_pattern": {},
-                "alpha_pattern": {},
-                "lora_bias": False,
-                "layer_replication": None,
-                "target_parameters": None,
-                "trainable_token_indices": None,
+    traits: ClassVar[Traits] = by_settings(USUAL, lambda method: FROM_BASE if method.from_base else USUAL)
+    presets: ClassVar[dict[str, Preset]] = {
+        "llm-adapters": Preset(
+            "Hu et al., 2023, arXiv:2304.01933, code: the released runs on LLaMA",
+            {
+                "rank": 32,
+                "alpha": 64.0,
+                "dropout": 0.05,
+                "targets": ("attn.q", "attn.k", "attn.v", "mlp.up", "mlp.down"),
             },
-            allowed={"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")},  # others change the base
         ),
-    )
+    }
 
     def graft(self, site: Site, shared: nn.Module | None) -> LoRAGraft:
         return LoRAGraft(site, self)
-
-    def size(self, site: Site) -> int:
-        return self.rank * sum(site.shape)

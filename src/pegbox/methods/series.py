@@ -1,63 +1,86 @@
 """Series adapter: Parameter-Efficient Transfer Learning for NLP (Houlsby et al., 2019), arXiv:1902.00751.
 
-    z = W x + b        y = z + s U act(D z)        D: (n, out)   U: (out, n), U = 0 at the start
+    after a projection:     z = W x + b        y = z + f(z)        D: (n, out)   U: (out, n)
+    before a projection:    y = W (x + f(x)) + b                   D: (n, in)    U: (in, n)
 
-A bottleneck after the output projection of attention and of the MLP, before the residual sum.  The projections have
-no bias and tanh is the default, as in LLM-Adapters (Hu et al., 2023, arXiv:2304.01933); the authors' code there draws
-U from N(0, 0.02^2), which `identity=False` brings back.
+    f(h) = s (U act(D h + d) + u)        d, u only with `bias`   U = 0 at the start
+
+By default after the output projection of attention and of the MLP, before the residual sum, as in the paper.  The
+placement before a projection (`inputs`), tanh and no biases are those of LLM-Adapters (Hu et al., 2023,
+arXiv:2304.01933), whose code draws U from N(0, 0.02^2): `start="bert"`.  There s is 1 or learned; its code takes
+floats only, so that a scale given as a whole number is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pegbox.core import Base, Graft, Method, Site, Traits, setting
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
+from pegbox.core import Base, Preset, Site, Traits, setting
+from pegbox.core.bottleneck import ACTIVATIONS, Activation, BottleneckGraft, BottleneckMethod, drawn_or_not
+from pegbox.core.two_sides import TwoSided
 
 
-class SeriesGraft(Graft):
-    def __init__(self, site: Site, method: Series) -> None:
-        super().__init__()
-        width = site.shape[0]
-        self.down = nn.Parameter(torch.empty(method.bottleneck, width))
-        self.up = nn.Parameter(torch.zeros(width, method.bottleneck))
-        self.scale, self.dropout = method.scale, method.dropout
+class SeriesGraft(BottleneckGraft):
+    """After a projection."""
+
+    def __init__(self, width: int, method: Series) -> None:
+        super().__init__(width, width, method)
         self.activation = ACTIVATIONS[method.activation]
-        nn.init.normal_(self.down, std=0.02)
-        if not method.identity:
-            nn.init.normal_(self.up, std=0.02)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        z = base(x)
-        h = F.dropout(z, self.dropout, self.training)
-        return z + self.scale * F.linear(self.activation(F.linear(h, self.down)), self.up)
+        return self.changed(base(x))
+
+    def changed(self, h: Tensor) -> Tensor:
+        """h + f(h): (..., width)."""
+        return h + self.widen(self.activation(self.narrow(self.drop(h))))
+
+
+class BeforeGraft(SeriesGraft):
+    """Before a projection."""
+
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        y: Tensor = base(self.changed(x))
+        return y
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series(Method):
-    targets: str | tuple[str, ...] = setting(("attn.out", "mlp.down"), "the output projections to follow")
-    bottleneck: int = setting(64, "width of the bottleneck", at_least=1)
-    activation: Literal["tanh", "relu", "gelu", "silu"] = setting("tanh", "between the two projections")
-    scale: float = setting(1.0, "multiplies what is added")
-    dropout: float = setting(0.0, "share of the bottleneck's inputs dropped while training", at_least=0, below=1)
-    identity: bool = setting(True, "start with U = 0; otherwise with both drawn small, as LLM-Adapters does")
+class Series(TwoSided, BottleneckMethod):
+    targets: str | tuple[str, ...] = setting(
+        ("attn.out", "mlp.down"), "projections whose outputs pass a bottleneck; () for none"
+    )
+    inputs: str | tuple[str, ...] = setting((), "projections whose inputs pass one, written the same way")
+    activation: Activation = setting("tanh", "between the two projections")
 
-    traits: ClassVar[Traits] = Traits(seams=("output",), card="llm-adapters", merge="no")
+    traits: ClassVar[Traits] = drawn_or_not(Traits(seams=("output",), card="llm-adapters", merge="no"))
+    presets: ClassVar[dict[str, Preset]] = {
+        "houlsby": Preset(
+            "Houlsby et al., 2019, arXiv:1902.00751, section 2.1 and the authors' code for BERT",
+            {"targets": ("attn.out", "mlp.down"), "activation": "gelu", "bias": True, "start": "houlsby"},
+        ),
+        "pfeiffer": Preset(
+            "Pfeiffer et al., 2021, arXiv:2005.00247: after the MLP alone, 1/16 of BERT-base's width",
+            {"targets": ("mlp.down",), "bottleneck": 48, "activation": "relu", "bias": True, "start": "bert"},
+        ),
+        "llm-adapters": Preset(
+            "Hu et al., 2023, arXiv:2304.01933, code: BottleneckConfig and its targets for LLaMA",
+            {"inputs": ("mlp.gate", "mlp.up"), "targets": ("mlp.down",), "bottleneck": 256, "start": "bert"},
+        ),
+        "llm-adapters-pfeiffer": Preset(
+            "Hu et al., 2023, arXiv:2304.01933, code: use_adapterp",
+            {"targets": ("mlp.down",), "bottleneck": 256, "start": "bert"},
+        ),
+    }
+
+    def _width(self, site: Site) -> int:
+        out, in_ = site.shape
+        return in_ if self.at_input(site) else out
 
     def graft(self, site: Site, shared: nn.Module | None) -> SeriesGraft:
-        return SeriesGraft(site, self)
+        return (BeforeGraft if self.at_input(site) else SeriesGraft)(self._width(site), self)
 
     def size(self, site: Site) -> int:
-        return 2 * self.bottleneck * site.shape[0]
+        width = self._width(site)
+        return self.numbers(width, width)
