@@ -40,6 +40,19 @@ def classes() -> list[Row]:
     return [{"id": topic, "text": f"I play the {topic}.", "label": "ab"[i % 2]} for i, topic in enumerate(TOPICS)]
 
 
+def pictures() -> list[Row]:
+    import io
+
+    import PIL.Image
+
+    made = []
+    for i, topic in enumerate(TOPICS):
+        file = io.BytesIO()
+        PIL.Image.new("RGB", (2, 2), (i, 0, 0)).save(file, "PNG")
+        made.append({"id": topic, "image": file.getvalue(), "label": "ab"[i % 2]})
+    return made
+
+
 def tokenised() -> list[Row]:
     return [{"id": str(i), "input_ids": [5, 6, i], "labels": [-100, 6, i]} for i in range(7, 27)]
 
@@ -79,6 +92,7 @@ PLANTS: dict[str, tuple[list[Row], list[Row], set[str]]] = {
     "empty-target": (_asked("A?", " "), [], {"bad"}),
     "empty-prompt": (_asked(" "), [], {"bad"}),
     "role-order": ([*chats(), chat(*(turn("user", said) for said in "AB"), turn("assistant", "C"))], [], {"bad"}),
+    "unreadable-image": ([*pictures(), {"id": "bad", "image": b"none", "label": "a"}], [], {"bad"}),
     "encoding": (_asked("Où est le dÃ©jÃ\xa0 vu?"), [], {"bad"}),
     "very-long": (_asked("A?", "x" * 9000), [], {"bad"}),
     "duplicate": ([*chats(), chats()[3] | {"id": "bad"}], [], {"bad"}),

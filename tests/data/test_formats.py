@@ -45,6 +45,21 @@ CASES: dict[str, tuple[str, Row, Row]] = {
         {"instruction": "Sum up.", "context": "Long.", "response": "Short.", "category": "x"},
         {"messages": [user("Sum up.\nLong."), assistant("Short.")]},
     ),
+    "an image by its path": (
+        "image classification",
+        {"image": "a/b.png", "label": "cat"},
+        {"image": "a/b.png", "label": "cat"},
+    ),
+    "an image by its bytes": (
+        "image classification",
+        {"img": {"bytes": b"x", "path": None}, "label": 3},
+        {"image": b"x", "label": 3},
+    ),
+    "preference with a margin": (
+        "preference",
+        {"prompt": "Hi", "chosen": "Ho", "rejected": "No", "margin": 2},
+        {"prompt": [user("Hi")], "chosen": [assistant("Ho")], "rejected": [assistant("No")], "margin": 2.0},
+    ),
     "ShareGPT": ("ShareGPT", {"conversations": SHAREGPT}, {"messages": TALK}),
     "ShareGPT with system and tools": (
         "ShareGPT",

@@ -38,8 +38,8 @@ def print_check(settings: CheckSettings) -> bool:
     from pegbox.data.examples import read
     from pegbox.data.preview import render
 
-    tokenizer = _tokenizer(settings.model) if settings.model else None
     examples = read(settings.data, columns=settings.columns, limit=settings.limit)
+    tokenizer = _tokenizer(settings.model) if settings.model and examples.kind != "image" else None
     report = check(
         examples,
         tokenizer,

@@ -35,6 +35,7 @@ from pegbox.core.tuned import Tuned
 WRAPPED_AS = ("_orig_mod", "_fsdp_wrapped_module")  # child names of torch.compile's and FSDP1's wrappers
 SOFTCAPS = ("final_logit_softcapping", "softcap")  # config keys: Gemma, jev
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier")  # Cohere multiplies, Granite divides, MuP-like
+SHIFT = "final_logits_bias"  # a buffer (1, V) that BART and its kin add to their logits; zeros as a rule
 PLANTED = 60.0  # planted logits run from minus to plus this, so that any softcap shows
 
 log = logging.getLogger("pegbox")
@@ -189,11 +190,25 @@ def through_head(
         values.append(result.detach())
         return _carry(result - result.detach(), hidden.shape[:-1])
 
-    with replaced(module, forward):
+    with replaced(module, forward), _narrow_shift(unwrap(model)):
         output = model(**inputs)
     if len(values) != 1:
         raise ModelError(f"the model called its head {len(values)} times in one forward, expected 1")
     return _arrived(logits_of(output), values[0]) / rule.scale + values[0], output
+
+
+@contextlib.contextmanager
+def _narrow_shift(base: nn.Module) -> Iterator[None]:
+    """Inside, a shift of the logits is (1, 1), so that adding it makes none of width V; the proof found it to be 0."""
+    shift = base._buffers.get(SHIFT)
+    if shift is None:
+        yield
+        return
+    base._buffers[SHIFT] = shift.new_zeros(1, 1)
+    try:
+        yield
+    finally:
+        base._buffers[SHIFT] = shift
 
 
 def _carry(zero: Tensor, shape: torch.Size) -> Tensor:
@@ -263,7 +278,7 @@ def _prove(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> Logi
         return planted[-1]
 
     try:
-        with torch.no_grad(), _evaluating(model), seeded(0, "proof"), replaced(head, plant):
+        with torch.no_grad(), evaluating(model), seeded(0, "proof"), replaced(head, plant):
             logits = logits_of(model(**_first_tokens(inputs)))
     except (ModelError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         return f"a few tokens alone fail ({type(error).__name__}: {error})"
@@ -300,12 +315,12 @@ def _declared(base: nn.Module, keys: tuple[str, ...]) -> list[float]:
 
 def _first_tokens(inputs: Mapping[str, Any], tokens: int = 4) -> dict[str, Any]:
     """A few tokens of every row (adapters may differ by row), and the arguments that are not tensors."""
-    cut = {k: inputs[k][:, :tokens] for k in ("input_ids", "inputs_embeds") if k in inputs}
+    cut = {k: inputs[k][:, :tokens] for k in ("input_ids", "inputs_embeds", "decoder_input_ids") if k in inputs}
     return cut | {k: v for k, v in inputs.items() if not isinstance(v, Tensor)}
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, no dropout draws a number and no statistic moves; grafts beside a base may still draw."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()

@@ -51,7 +51,7 @@ def check(
     """
     report, found, seen = Report(examples.source, examples.format.name, examples.kind), Found(), Seen()
     supervision = None
-    if tokenizer is not None:
+    if tokenizer is not None and examples.kind != "image":
         report.unit = "tokens"
         encode = encoder(examples.kind, tokenizer, assistant_only, template)
         supervision = Supervision(tokenizer, encode, max_length, truncation, report, found)
@@ -61,7 +61,7 @@ def check(
             seen.look(row, found)
         if supervision:
             supervision.look(rows)
-        else:
+        elif examples.kind != "image":
             lengths.update((row["id"], len(surface(row))) for row in rows)
         report.rows += len(rows)
     if not report.rows:
@@ -139,7 +139,7 @@ def _labels_of(example: Example) -> list[Any]:
 def _labels(labelled: Mapping[Any, Sequence[str]], report: Report, found: Found) -> None:
     counts = Counter({label: len(ids) for label, ids in labelled.items()})
     report.labels = {str(label): count for label, count in counts.most_common()}
-    if report.kind != "classification":
+    if report.kind not in ("classification", "image"):
         return
     (most, count), *others = counts.most_common()
     if not others:

@@ -66,14 +66,52 @@ class EncodedLabel:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """A preference: the same prompt with two answers, only the answers trained."""
+    """A preference: the same prompt with two answers, only the answers trained.
+
+    Attributes:
+        margin: by how much the chosen answer is better, where the data says so.
+        reference: log-probabilities of the two answers under a reference model, where they are computed already.
+    """
 
     chosen: Encoded
     rejected: Encoded
     id: str
+    margin: float | None = None
+    reference: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedAnswer:
+    """An answer that was wanted or not, and beside it the same prompt with an answer to another one.
+
+    Attributes:
+        reference: log-probabilities of the two answers under a reference model, where they are computed already.
+    """
+
+    answer: Encoded
+    mismatched: Encoded
+    desirable: bool
+    id: str
+    reference: tuple[float, float] | None = None
+
+    def __len__(self) -> int:
+        return max(len(self.answer), len(self.mismatched))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTarget:
+    """A source (S,) and its target (T,), for an encoder-decoder."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    id: str
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return max(len(self.input_ids), len(self.labels))
 
 
 class HasId(Protocol):

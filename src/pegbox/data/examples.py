@@ -5,9 +5,10 @@ text            {"id", "text"}
 classification  {"id", "text" or "messages", "text_pair"?, "label": name, number, or a list of them}
 regression      the same with a float
 tagging         {"id", "tokens", "tags"}
-preference      {"id", "prompt", "chosen", "rejected"}, each a list of messages, "tools"?
+preference      {"id", "prompt", "chosen", "rejected"}, each a list of messages, "tools"?, "margin"?: float
 unpaired        {"id", "prompt", "completion", "label": bool}, "tools"?
 tokenised       {"id", "input_ids", "labels"?, "attention_mask"?}
+image           {"id", "image": path or bytes, "label": name, number, or a list of them}
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Examples:
 
     @property
     def kind(self) -> str:
-        """chat, text, classification, regression, tagging, preference, unpaired or tokenised."""
+        """chat, text, classification, regression, tagging, preference, unpaired, tokenised or image."""
         return self.format.kind
 
     @property

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pegbox.data import images
 from pegbox.data.identity import surface
+from pegbox.data.rejects import RowError
 
 Example = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -48,6 +50,7 @@ FAULTS: dict[str, Fault] = {
         "conversations have turns out of order",
         "expected: system first, user and assistant in turn, tool after a tool call, the assistant last",
     ),
+    "unreadable-image": Fault("error", "rows have an image that cannot be read", "mend the files, or drop these rows"),
     "encoding": Fault(
         "warning",
         "rows hold a byte-order mark, a replacement character, or UTF-8 that was read as another encoding",
@@ -119,10 +122,22 @@ def badly_encoded(example: Example) -> bool:
     return bool(BROKEN.search(text) or MOJIBAKE.search(text))
 
 
+def unreadable(example: Example) -> bool:
+    """An image that is not there, or is none."""
+    if "image" not in example:
+        return False
+    try:
+        images.opened(example["image"])
+    except RowError:
+        return True
+    return False
+
+
 ROW_TESTS: dict[str, Callable[[Example], bool]] = {
     "empty-target": empty_target,
     "empty-prompt": empty_prompt,
     "role-order": roles_out_of_order,
+    "unreadable-image": unreadable,
     "encoding": badly_encoded,
 }
 

@@ -8,12 +8,16 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pegbox.data import images
+
 Example = Mapping[str, Any]
 
 
 def content_id(example: Example) -> str:
     """Sixteen hexadecimal digits of all that an example holds except its id; the same for the same row anywhere."""
     content = {key: value for key, value in example.items() if key != "id"}
+    if "image" in example:
+        content["image"] = images.mark(example["image"])
     return _digest(json.dumps(content, sort_keys=True, default=str))
 
 
@@ -35,7 +39,9 @@ class Ids:
 
 
 def surface(example: Example) -> str:
-    """Every text of an example a reader would see, in order; labels and tags are left out."""
+    """Every text of an example a reader would see, in order, a mark for an image; labels and tags are left out."""
+    if "image" in example:
+        return images.mark(example["image"])
     if "input_ids" in example:
         return " ".join(map(str, example["input_ids"]))
     if "tokens" in example:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pegbox.data import labels
+from pegbox.data import images, labels
 from pegbox.data.conversations import Message, look_like, messages, parsed, text, tools, transcript
 from pegbox.data.rejects import RowError
 
@@ -29,7 +29,7 @@ class Layout:
     """
 
     name: str
-    kind: str  # chat, text, classification, tagging, preference, unpaired, tokenised
+    kind: str  # chat, text, classification, tagging, preference, unpaired, tokenised, image
     shape: str  # a row, as a user would write it
     needs: Names
     takes: Names = field(default_factory=dict)
@@ -139,7 +139,17 @@ def _preference(row: Row) -> Example:
 def _pair(prompt: list[Message], chosen: list[Message], rejected: list[Message], row: Row) -> Example:
     if not chosen or not rejected or chosen == rejected:
         raise RowError("chosen and rejected do not differ")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | _tools(row)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | _tools(row) | _margin(row.get("margin"))
+
+
+def _margin(value: Any) -> Example:
+    """By how much the chosen answer is better, where a row says so."""
+    if value is None or value == "":
+        return {}
+    try:
+        return {"margin": float(value)}
+    except (TypeError, ValueError):
+        raise RowError("margin is not a number", f"found {value!r}") from None
 
 
 def _reply(value: Any, name: str) -> list[Message]:
@@ -199,6 +209,14 @@ def _classified(row: Row) -> Example:
         return {"messages": _opening(row)}
     pair = {"text_pair": text(row.get("text_pair"), "text_pair")} if "text_pair" in row else {}
     return {"text": text(row.get("text"), "text")} | pair
+
+
+def _learn_image_label(rows: Iterable[Row]) -> tuple[str, Convert]:
+    rows = list(rows)
+    kind, read = labels.learn(row.get("label") for row in rows)
+    if kind == "regression":
+        kind, read = labels.learn(str(row.get("label")) for row in rows)
+    return "image", lambda row: {"image": images.canonical(row.get("image")), "label": read(row.get("label"))}
 
 
 def _tagged(row: Row) -> Example:
@@ -315,6 +333,15 @@ LAYOUTS: tuple[Layout, ...] = (
         convert=_tagged,
     ),
     Layout(
+        name="image classification",
+        kind="image",
+        shape='{"image": path, bytes or {"bytes", "path"}, "label": name or number}',
+        needs=_columns(image=" ".join(images.COLUMNS), label="label labels fine_label"),
+        fits=lambda row: images.looks_like(row.get("image")) and _has_label(row),
+        convert=lambda row: {"image": images.canonical(row.get("image")), "label": row.get("label")},
+        learn=_learn_image_label,
+    ),
+    Layout(
         name="preference, ms-swift (rejected_messages)",
         kind="preference",
         shape='{"messages": [...], "rejected_messages": [...]}',
@@ -347,7 +374,7 @@ LAYOUTS: tuple[Layout, ...] = (
         shape='{"prompt": "..." or [turns], "chosen": "..." or [turns], "rejected": "..." or [turns]}',
         needs=_columns(chosen="chosen", rejected="rejected"),
         takes=_columns(prompt="prompt instruction question query", input="input", history="history")
-        | _columns(turns="conversations")
+        | _columns(turns="conversations", margin="margin")
         | AROUND,
         fits=lambda row: row.get("chosen") is not None and row.get("rejected") is not None,
         convert=_preference,

@@ -12,13 +12,15 @@ import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pegbox.core.errors import DataError, ModelError
-from pegbox.data.encoded import IGNORE, Encoded
+from pegbox.data.encoded import IGNORE, Encoded, EncodedPair
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+R = TypeVar("R", "Packed", "PackedPairs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,25 @@ class Packed:
         return len(self.input_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class PackedPairs:
+    """Preferences end to end, in one row of a model: of each pair the chosen answer, then the rejected."""
+
+    pairs: tuple[EncodedPair, ...]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(pair.id for pair in self.pairs)
+
+    def __len__(self) -> int:
+        return sum(map(_pair_size, self.pairs))
+
+
 @dataclass(frozen=True)
-class Packing:
+class Packing(Generic[R]):
     """All examples of a data set in rows of at most `length` tokens."""
 
-    rows: list[Packed]
+    rows: list[R]
     length: int
 
     @property
@@ -59,7 +75,7 @@ class Packing:
         return f"{examples} examples in {len(self.rows)} rows of {self.length} tokens, {self.efficiency:.1%} full"
 
 
-def pack(rows: Sequence[Encoded], length: int, *, seed: int = 0) -> Packing:
+def pack(rows: Sequence[Encoded], length: int, *, seed: int = 0) -> Packing[Packed]:
     """Pack by best fit, longest first; no example is split.
 
     Args:
@@ -78,14 +94,40 @@ def pack(rows: Sequence[Encoded], length: int, *, seed: int = 0) -> Packing:
             f"example {longest.id!r} has {len(longest)} tokens, more than a packed row's {length}; "
             f"encode with max_length={length} or less"
         )
+    bins = _bins([len(row) for row in rows], length, seed)
+    return Packing([_join([rows[i] for i in members]) for members in bins], length)
+
+
+def pack_pairs(rows: Sequence[EncodedPair], length: int, *, seed: int = 0) -> Packing[PackedPairs]:
+    """Pack preferences; both answers of a pair share a row.  Arguments as of `pack`.
+
+    Raises:
+        DataError: the two answers of a pair, each with its prompt, are longer than `length` together.
+    """
+    longest = max(rows, key=_pair_size, default=None)
+    if longest is not None and _pair_size(longest) > length:
+        raise DataError(
+            f"pair {longest.id!r} has {_pair_size(longest)} tokens in its two answers, more than a packed row's "
+            f"{length}; encode with max_length={length // 2} or less"
+        )
+    bins = _bins([_pair_size(row) for row in rows], length, seed)
+    return Packing([PackedPairs(tuple(rows[i] for i in members)) for members in bins], length)
+
+
+def _pair_size(pair: EncodedPair) -> int:
+    return len(pair.chosen) + len(pair.rejected)
+
+
+def _bins(sizes: Sequence[int], length: int, seed: int) -> list[list[int]]:
+    """Numbers of the items that share a row, in random order."""
     draw = random.Random(seed)
-    order = draw.sample(range(len(rows)), len(rows))
-    order.sort(key=lambda i: -len(rows[i]))
-    bins = _best_fit([(i, len(rows[i])) for i in order], length)
+    order = draw.sample(range(len(sizes)), len(sizes))
+    order.sort(key=lambda i: -sizes[i])
+    bins = _best_fit([(i, sizes[i]) for i in order], length)
     draw.shuffle(bins)
     for members in bins:
         draw.shuffle(members)
-    return Packing([_join([rows[i] for i in members]) for members in bins], length)
+    return bins
 
 
 def _best_fit(items: Sequence[tuple[int, int]], length: int) -> list[list[int]]:
@@ -151,7 +193,7 @@ def _fault(model: nn.Module) -> str | None:
     model.eval()
     try:
         return _probe(model)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         return f"its forward does not run on input_ids and position_ids alone ({error})"
     finally:
         for module, training in modes:

@@ -7,11 +7,12 @@ import glob
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pegbox.core.errors import DataError, did_you_mean
-from pegbox.data import dataset_info
+from pegbox.data import dataset_info, images
 from pegbox.data.class_names import named
 from pegbox.data.readers import Record, read_file, readable, record
 
@@ -105,11 +106,21 @@ def _located(source: str, split: str | None, streaming: bool) -> Iterator[Record
 def _one_file(path: Path, split: str | None) -> Iterator[Record]:
     if split not in (None, "train"):
         raise DataError(f"{path} is one file, it has no split {split!r}; name that split's own file, or a folder")
-    return read_file(path)
+    return _read(path, path.name)
+
+
+def _read(path: Path, name: str) -> Iterator[Record]:
+    """The records of one file, their images found from where it stands."""
+    for found in read_file(path, name):
+        if found.row is not None and any(column in found.row for column in images.COLUMNS):
+            found = replace(found, row=images.located(found.row, path.parent))
+        yield found
 
 
 def _folder(folder: Path, split: str | None) -> Iterator[Record]:
     found = sorted(path for path in folder.rglob("*") if path.is_file() and _is_data(path.relative_to(folder)))
+    if not found and (pictures := sorted(path for path in folder.rglob("*") if images.is_image(path))):
+        return _pictures(folder, pictures, split)
     if not found:
         some = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise DataError(f"{folder}: no data file in this folder; there is: {some}")
@@ -127,7 +138,24 @@ def _files(paths: Sequence[Path], split: str | None, folder: Path | None = None)
     if split is not None:
         paths = [path for path in paths if _split_of(path) == _split_name(split)]
     names = [str(path.relative_to(folder)) if folder else path.name for path in paths]
-    return itertools.chain.from_iterable(read_file(path, name) for path, name in zip(paths, names, strict=True))
+    return itertools.chain.from_iterable(_read(path, name) for path, name in zip(paths, names, strict=True))
+
+
+def _pictures(folder: Path, found: Sequence[Path], split: str | None) -> Iterator[Record]:
+    """Images whose folder is their class, in `CLASS/` or `SPLIT/CLASS/`."""
+    parts = {_split_of(path.relative_to(folder).parent) for path in found} - {None}
+    if parts or split not in (None, "train"):
+        chosen = _pick_split(split, sorted(str(part) for part in parts), str(folder))
+        found = [path for path in found if _split_of(path.relative_to(folder).parent) == chosen]
+    loose = [path.name for path in found if path.parent == folder]
+    if loose:
+        raise DataError(
+            f"{folder}: image {loose[0]!r} is in no class's folder; expected {folder.name}/CLASS/{loose[0]}, or a "
+            "table (csv, jsonl, parquet) with the columns image and label"
+        )
+    rows = ({"image": str(path), "label": path.parent.name} for path in found)
+    names = (str(path.relative_to(folder)) for path in found)
+    return (record(row, name, 1) for row, name in zip(rows, names, strict=True))
 
 
 def _matching(pattern: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from pegbox.core.errors import DataError
 from pegbox.data.encoded import (
     IGNORE,
     Encoded,
+    EncodedAnswer,
     EncodedLabel,
     EncodedPair,
     Rejected,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Encoded",
+    "EncodedAnswer",
     "EncodedLabel",
     "EncodedPair",
     "Rejected",
@@ -54,6 +56,7 @@ __all__ = [
     "encode_preference_all",
     "encode_tokens",
     "encode_tokens_all",
+    "encode_unpaired_all",
 ]
 
 Example = Mapping[str, Any]
@@ -174,10 +177,55 @@ def encode_preference_all(
     check_limits(max_length, truncation)
     require_offsets(tokenizer)
     reader = _Reader(tokenizer, True, template, proof)
-    sides = [reader.draft(_answered(row, side)) for row in examples for side in ("chosen", "rejected")]
+    given = list(examples)
+    sides = [reader.draft(_answered(row, side)) for row in given for side in ("chosen", "rejected")]
     rows = list(_tokenised(sides, tokenizer))
-    pairs = (_sides(*both) for both in zip(rows[::2], rows[1::2], strict=True))
+    margins = [row.get("margin") for row in given]
+    pairs = (_sides(*both) for both in zip(rows[::2], rows[1::2], margins, strict=True))
     return apart(attempt(pair, _fit_pair, max_length, truncation, tokenizer.bos_token_id) for pair in pairs)
+
+
+def encode_unpaired_all(
+    examples: Iterable[Example],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation: Truncation = "right",
+    template: str | None = None,
+    proof: TemplateProof | None = None,
+) -> tuple[list[EncodedAnswer], list[Rejected]]:
+    """Unpaired rows (`prompt`, `completion`: messages, `label`), only the completion trained.
+
+    Each row gets beside it its prompt with the completion of the row half the set away, which answers another prompt
+    also where the rows of one prompt stand side by side.  Settings and errors are those of `encode_each`.
+
+    Raises:
+        DataError: a single row, which has no other beside it.
+    """
+    rows = list(examples)
+    if len(rows) < 2:
+        raise DataError("unpaired rows are compared with each other's answers, so there must be at least two")
+    others = rows[len(rows) // 2 :] + rows[: len(rows) // 2]
+    crossed = [{**row, "completion": other["completion"]} for row, other in zip(rows, others, strict=True)]
+    each = list(
+        encode_each(
+            [*rows, *crossed],
+            tokenizer,
+            max_length=max_length,
+            truncation=truncation,
+            template=template,
+            proof=proof,
+        )
+    )
+    return apart(_unpaired(*both) for both in zip(rows, each[: len(rows)], each[len(rows) :], strict=True))
+
+
+def _unpaired(example: Example, own: Encoded | Rejected, mismatched: Encoded | Rejected) -> EncodedAnswer | Rejected:
+    if isinstance(own, Rejected):
+        return own
+    if isinstance(mismatched, Rejected):
+        return replace(mismatched, detail="; ".join(filter(None, (mismatched.detail, "of the mismatched answer"))))
+    return EncodedAnswer(own, mismatched, bool(example["label"]), own.id)
 
 
 # -- drafts: rows before they are tokenised ------------------------------------------------------------------------
@@ -335,15 +383,16 @@ class _Sides:
     id: str
     chosen: _Row
     rejected: _Row
+    margin: float | None = None
 
 
-def _sides(chosen: _Row | Rejected, rejected: _Row | Rejected) -> _Sides | Rejected:
+def _sides(chosen: _Row | Rejected, rejected: _Row | Rejected, margin: float | None) -> _Sides | Rejected:
     for side, row in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(row, Rejected):
             return replace(row, detail=f"{side}: {row.detail}" if row.detail else side)
     assert isinstance(chosen, _Row)
     assert isinstance(rejected, _Row)
-    return _Sides(chosen.id, chosen, rejected)
+    return _Sides(chosen.id, chosen, rejected, margin)
 
 
 def _fit_pair(pair: _Sides, max_length: int, truncation: Truncation, bos: int | None) -> EncodedPair:
@@ -355,7 +404,7 @@ def _fit_pair(pair: _Sides, max_length: int, truncation: Truncation, bos: int | 
         one, other = (_fit(row, max_length, truncation, bos) for row in sides)
     else:
         one, other = (_cut(row, _prompt_cut(row, over, max_length), "left", bos) for row in sides)
-    return EncodedPair(one, other, pair.id)
+    return EncodedPair(one, other, pair.id, pair.margin)
 
 
 def _prompt_cut(row: _Row, over: int, max_length: int) -> int:

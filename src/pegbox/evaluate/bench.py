@@ -27,6 +27,7 @@ from pegbox.train.arguments import arguments
 from pegbox.train.datasets import Rows, Source, rows, source
 from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
+from pegbox.train.prepare import check_reference
 from pegbox.train.probe import ROWS_AT_ONCE, Features, Probe, features, head, put
 from pegbox.train.trainer import Trainer
 
@@ -56,7 +57,9 @@ class Bench:
         output = Path(settings.output)
         output.mkdir(parents=True, exist_ok=True)
         self.found, test = _sources(settings, output)
-        self.objective: Objective = objectives.get(self.found.objective)
+        self.objective: Objective = objectives.get(self.found.objective).given(settings.objective_settings)
+        for method in methods:
+            check_reference(self.objective, method)
         trains_base = any(not m.traits.keeps_base for m in methods)
         self.dtype, why = choose_dtype(settings.dtype, trains_base=trains_base)
         say(f"data       {self.found.train.announcement}; objective {self.found.objective}")
@@ -64,7 +67,7 @@ class Bench:
         self._loaded: Loaded | None = None
         loaded = self.loaded()
         self.base = fingerprint(loaded.model, without=loaded.new)
-        strictest = next((m for m in methods if "tokens" in m.traits.seams), methods[0])  # they cannot be packed
+        strictest = next((m for m in methods if not m.traits.packs), methods[0])
         self.rows: Rows = rows(self.found, settings, loaded.model, loaded.tokenizer, strictest)
         alone = dataclasses.replace(self.found, train=test, valid=None)
         plain = replace(settings, packing=False)
@@ -181,6 +184,8 @@ class Bench:
         kept: dict[str, Any] = {"objective": self.found.objective}
         if self.found.labels is not None:
             kept |= {"labels": list(self.found.labels), "multi_label": self.found.multi_label}
+        if self.objective.options is not None:
+            kept["objective_settings"] = dataclasses.asdict(self.objective.options)
         return kept
 
     @property

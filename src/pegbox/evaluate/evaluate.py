@@ -22,7 +22,7 @@ from pegbox.data.examples import Examples, read
 from pegbox.evaluate.opened import open_adapter, open_model
 from pegbox.evaluate.statistics import Estimate, difference_each, estimate_each
 from pegbox.train.datasets import OBJECTIVES, Source, rows
-from pegbox.train.settings import RunSettings
+from pegbox.train.settings import ObjectiveName, RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,8 +38,9 @@ class EvalSettings:
     model: str | None = setting(None, "a whole model, or the base where the adapter does not name it")
     data: str = setting("", "a file, a folder of files, or a hub id")
     output: str | None = setting(None, "JSON file for the numbers")
-    objective: Literal["auto", "causal_lm", "sft", "sequence_classification", "regression", "token_classification"] = (
-        setting("auto", "what is measured; read off the adapter or the data if auto")
+    objective: ObjectiveName = setting("auto", "what is measured; read off the adapter or the data if auto")  # noqa: RUF009
+    objective_settings: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings of the objective, in place of those the adapter learned by"}
     )
     columns: Mapping[str, str] = field(default_factory=dict, metadata={"help": "renames columns: theirs to ours"})
     limit: int | None = setting(None, "use only the first so many examples", at_least=1)
@@ -103,7 +104,8 @@ def evaluate(settings: EvalSettings) -> Evaluation:
     if tokenizer is None:
         raise ModelError(f"{settings.adapter or settings.model} has no tokenizer beside it")
     noted = opened.file.extra if opened else {}
-    examples = read(settings.data, columns=dict(settings.columns) or None, limit=settings.limit)
+    kind = "unpaired" if "kto" in (settings.objective, noted.get("objective")) else None
+    examples = read(settings.data, columns=dict(settings.columns) or None, limit=settings.limit, kind=kind)
     held, collate, objective = _rows(settings, examples, noted, model, tokenizer)
     ours = _predict(model, held, collate, objective, settings.batch_size)
     theirs, notes = None, [f"data: {examples.announcement}"]
@@ -150,7 +152,7 @@ def _rows(
         raise DataError(f"{examples.source} holds {examples.kind} data, which no objective here measures")
     base: Any = model.model if isinstance(model, Tuned) else model
     labels = noted.get("labels")
-    if labels is None and name in ("sequence_classification", "token_classification"):
+    if labels is None and name in ("sequence_classification", "token_classification", "image_classification"):
         labels = [base.config.id2label[k] for k in range(base.config.num_labels)]
     multi = base.config.problem_type == "multi_label_classification"
     run = RunSettings(
@@ -159,13 +161,15 @@ def _rows(
         assistant_only=settings.assistant_only,
         template=settings.template,
     )
-    if tokenizer.pad_token_id is None:
+    if name != "image_classification" and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     source = Source(examples, None, name, None if labels is None else tuple(map(str, labels)), multi, "", "")
     from pegbox.methods.lora import LoRA
 
     made = rows(source, run, base, tokenizer, LoRA())
-    return sorted(made.train, key=len), made.collate, objectives.get(name)
+    learned_by = noted.get("objective_settings") if noted.get("objective") == name else None
+    objective = objectives.get(name).given({**(learned_by or {}), **settings.objective_settings})
+    return sorted(made.train, key=len), made.collate, objective
 
 
 @torch.no_grad()

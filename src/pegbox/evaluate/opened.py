@@ -73,7 +73,7 @@ def open_adapter(
         ModelError: the base cannot be loaded, or the adapter names none.
     """
     folder = Path(adapter)
-    file = files.read(folder, methods.catalogue().values())
+    file = methods.read(folder)
     base = _base_of(file, model)
     keeps = methods.get(file.method).traits.keeps_base
 
@@ -169,11 +169,20 @@ def _by_architecture(config: Any) -> Callable[..., Any]:
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a name or folder; None where there is none."""
+    """The tokenizer of a name or folder, of a vision model its image processor; None where there is none."""
     import transformers
 
     try:
         return transformers.AutoTokenizer.from_pretrained(os.fspath(name))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return _load_processor(os.fspath(name))
+
+
+def _load_processor(name: str) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
 

@@ -17,7 +17,10 @@ from pegbox.core.errors import SettingsError, did_you_mean
 if TYPE_CHECKING:
     from pegbox.objectives.objective import Objective
 
-NAMES = ("causal_lm", "regression", "sequence_classification", "sft", "token_classification")
+NAMES = (
+    "causal_lm", "denoising", "dpo", "image_classification", "ipo", "kto", "orpo", "regression", "reward", "seq2seq",
+    "sequence_classification", "sft", "simpo", "token_classification",
+)  # fmt: skip
 ALIASES = {  # what HF PEFT, ms-swift, LLaMA-Factory and transformers' pipelines call them
     "lm": "causal_lm",
     "pt": "causal_lm",
@@ -29,6 +32,16 @@ ALIASES = {  # what HF PEFT, ms-swift, LLaMA-Factory and transformers' pipelines
     "seq_reg": "regression",
     "token_cls": "token_classification",
     "ner": "token_classification",
+    "seq_2_seq_lm": "seq2seq",
+    "text2text_generation": "seq2seq",
+    "summarization": "seq2seq",
+    "translation": "seq2seq",
+    "image_cls": "image_classification",
+    "diffusion": "denoising",
+    "ddpm": "denoising",
+    "rm": "reward",
+    "reward_model": "reward",
+    "reward_modeling": "reward",
 }
 
 

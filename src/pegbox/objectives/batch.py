@@ -11,7 +11,22 @@ from pegbox.core.errors import DataError, did_you_mean
 from pegbox.core.headless import unwrap
 from pegbox.objectives.objective import Batch
 
-READ_HERE = frozenset({"labels", "token_weights", "assistant_masks", "completion_mask"})
+READ_HERE = frozenset(
+    {
+        "labels",
+        "token_weights",
+        "assistant_masks",
+        "completion_mask",
+        "segments",
+        "reference_log_probs",
+        "margin",
+        "desirable",
+        "mismatched_input_ids",
+        "mismatched_attention_mask",
+        "mismatched_labels",
+        "mismatched_reference_log_probs",
+    }
+)
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

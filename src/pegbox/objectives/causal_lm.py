@@ -55,7 +55,7 @@ def causal_lm(
 
     total, output = through_head(model, model_inputs(model, batch), labels.shape[1], use)
     losses = {"nll": total if num_items is None else total / num_items}
-    router = _router_loss(model, output)
+    router = router_loss(model, output)
     if router is not None:
         losses["aux"] = router if num_items is None else router * count(batch) / num_items
     return losses
@@ -83,7 +83,7 @@ def _next(values: Tensor, last: int) -> Tensor:
     return F.pad(values[:, 1:], (0, 1), value=last)
 
 
-def _router_loss(model: nn.Module, output: Any) -> Tensor | None:
+def router_loss(model: nn.Module, output: Any) -> Tensor | None:
     """The balance loss of a mixture of experts, weighted as the model's own config says."""
     loss = getattr(output, "aux_loss", None)
     factor = getattr(getattr(unwrap(model), "config", None), "router_aux_loss_coef", None)

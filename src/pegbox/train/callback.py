@@ -13,7 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pegbox.core import Method, Tuned
 from pegbox.core.errors import MethodError
 from pegbox.core.headless import unwrap
+from pegbox.train.bypass import check_nothing_is_bypassed
 from pegbox.train.own_state import only_adapters
+from pegbox.train.quantised import allow_quantised
 from pegbox.train.reentrant import drop_own_hooks, is_reentrant, require_input_grads
 
 
@@ -44,6 +46,7 @@ class Callback(TrainerCallback):
         self.tuned, self.save = tuned, save
         self._calibrated = False
         self._reentrant: RemovableHandle | None = None
+        allow_quantised(tuned)
         if save:
             only_adapters(tuned)
 
@@ -101,6 +104,7 @@ class Callback(TrainerCallback):
                 f"{names} looks at data before training: call calibrate(batches) on this callback before the trainer "
                 "is made, or use pegbox.Trainer"
             )
+        check_nothing_is_bypassed(self.tuned)
         if args.gradient_checkpointing:
             drop_own_hooks(self.tuned.model)
         if is_reentrant(args):

@@ -11,14 +11,35 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset
 
+from pegbox import objectives
 from pegbox.core.errors import DataError, ModelError, SettingsError
-from pegbox.data.collate import LabelCollator, PackedCollator, PadCollator
+from pegbox.data.collate import (
+    AnswerCollator,
+    LabelCollator,
+    PackedCollator,
+    PackedPairCollator,
+    PadCollator,
+    PairCollator,
+    TargetCollator,
+)
 from pegbox.data.encoded import Rejected
 from pegbox.data.examples import Examples, read, split
-from pegbox.data.packing import pack, require_packing
+from pegbox.data.identity import content_id
+from pegbox.data.images import ImageCollator, encode_images_all
+from pegbox.data.packing import pack, pack_pairs, require_packing
 from pegbox.data.rejects import Reject
 from pegbox.data.templates import prove
-from pegbox.data.tokenise import encode_all, encode_classification_all, encode_each, encode_tokens_all
+from pegbox.data.tokenise import (
+    encode_all,
+    encode_classification_all,
+    encode_each,
+    encode_preference_all,
+    encode_tokens_all,
+    encode_unpaired_all,
+)
+from pegbox.data.tokenise_targets import encode_targets_all
+from pegbox.objectives.preference import Referred
+from pegbox.train.precompute import with_reference
 from pegbox.train.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -35,8 +56,19 @@ OBJECTIVES = {
     "classification": "sequence_classification",
     "regression": "regression",
     "tagging": "token_classification",
+    "image": "image_classification",
+    "preference": "dpo",
+    "unpaired": "kto",
 }
 LANGUAGE = ("sft", "causal_lm")
+PAIRS = ("dpo", "ipo", "orpo", "simpo", "reward")
+# objective -> kinds of data it learns from, beside those it is the natural one of
+LEARNS_FROM = {
+    **dict.fromkeys(LANGUAGE, ("chat", "text", "tokenised")),
+    **dict.fromkeys(PAIRS, ("preference",)),
+    "seq2seq": ("chat",),
+}
+PACKED = (*LANGUAGE, "dpo", "ipo", "orpo", "simpo")
 WIDTHS = 6  # of batches under torch.compile, which traces each anew and gives up after eight
 REJECTED, REJECTED_VALID = "rejected.jsonl", "rejected_valid.jsonl"
 
@@ -105,7 +137,9 @@ def _split(whole: Examples, settings: RunSettings) -> tuple[Examples, Examples]:
 
 
 def _kind(objective: str) -> str | None:
-    return {"sequence_classification": "classification", "regression": "regression"}.get(objective)
+    """The kind of layout to look for, where rows could be taken for several."""
+    kinds = {"sequence_classification": "classification", "regression": "regression", "kto": "unpaired"}
+    return kinds.get(objective)
 
 
 def _objective(settings: RunSettings, examples: Examples) -> str:
@@ -115,15 +149,28 @@ def _objective(settings: RunSettings, examples: Examples) -> str:
             f"{examples.source} holds {examples.kind} data, and no objective here learns from it; "
             f"known: {', '.join(OBJECTIVES)}"
         )
-    wanted = settings.objective
-    if wanted in ("auto", natural) or (wanted in LANGUAGE and natural in LANGUAGE):
-        return natural if wanted == "auto" else wanted
-    raise SettingsError(f"objective {wanted} does not fit {examples.source}, which holds {examples.kind} data")
+    wanted = natural if settings.objective == "auto" else settings.objective
+    if wanted != natural and examples.kind not in LEARNS_FROM.get(wanted, ()):
+        kinds = LEARNS_FROM.get(wanted) or tuple(kind for kind, name in OBJECTIVES.items() if name == wanted)
+        raise SettingsError(
+            f"objective {wanted} does not fit {examples.source}, which holds {examples.kind} data "
+            f"({examples.format.name}); {wanted} learns from {' or '.join(kinds)} data, and {examples.kind} data is "
+            f"for {_learners(examples.kind)}"
+        )
+    return wanted
+
+
+def _learners(kind: str) -> str:
+    """The objectives that learn from a kind of data."""
+    others = [name for name, kinds in LEARNS_FROM.items() if kind in kinds]
+    return ", ".join(dict.fromkeys([OBJECTIVES[kind], *others]))
 
 
 def _labels(train: Examples, valid: Examples | None, objective: str) -> tuple[tuple[str, ...] | None, bool]:
     """Class names of both parts, and whether a row may have several."""
-    key = {"sequence_classification": "label", "token_classification": "tags"}.get(objective)
+    key = {"sequence_classification": "label", "image_classification": "label", "token_classification": "tags"}.get(
+        objective
+    )
     if key is None:
         return None, False
     if not isinstance(train.rows, Sequence):
@@ -143,9 +190,16 @@ def _hashes(examples: Examples, settings: RunSettings) -> tuple[str, str]:
         return named, named
     content, ids = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for row in examples:
-        content.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
+        content.update(_spelled(row).encode("utf-8", "surrogatepass") + b"\n")
         ids.update(f"{row['id']}\n".encode("utf-8", "surrogatepass"))
     return content.hexdigest(), ids.hexdigest()
+
+
+def _spelled(row: dict[str, Any]) -> str:
+    """All that an example holds, in one line; of an image what is in it, wherever it lies."""
+    if "image" in row:
+        return f"{row['id']} {content_id(row)}"
+    return json.dumps(row, sort_keys=True, default=str)
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -154,33 +208,77 @@ def _hashes(examples: Examples, settings: RunSettings) -> tuple[str, str]:
 def rows(found: Source, settings: RunSettings, model: nn.Module, tokenizer: Tokenizer, method: Method) -> Rows:
     """Tokenise a run's examples, and pack them where that is asked for.
 
+    Args:
+        tokenizer: the model's; of a vision model, its image processor.
+
     Raises:
         DataError: no row is left.
         ModelError: packing for a model or a method that cannot have it.
     """
-    pad: Any = (tokenizer.pad_token_id, -(-settings.max_length // WIDTHS) if settings.compile else None)
     if settings.packing:
         _check_packing(found, settings, model, method)
+    collate = _collator(found.objective, settings, tokenizer)
     if settings.streaming:
-        stream = _Stream(found.train, settings, tokenizer)
-        return Rows(stream, _encode(found.valid, found, settings, tokenizer), PadCollator(*pad))
+        if found.objective not in LANGUAGE:
+            raise SettingsError(f"streaming is for language modelling, not for {found.objective}; set streaming=false")
+        return Rows(
+            _Stream(found.train, settings, tokenizer), _encode(found.valid, found, settings, tokenizer), collate
+        )
     train = _encode(found.train, found, settings, tokenizer)
     valid = _encode(found.valid, found, settings, tokenizer)
     assert train is not None
-    if settings.packing:
-        packing = pack(train, settings.max_length, seed=settings.seed)
-        held = pack(valid, settings.max_length, seed=settings.seed).rows if valid else None
-        return Rows(packing.rows, held, PackedCollator(*pad), [f"packed: {packing}"])
-    classifies = found.objective in ("sequence_classification", "regression")
-    return Rows(train, valid, LabelCollator(*pad) if classifies else PadCollator(*pad))
+    lines = []
+    if _asks_first(found, settings):
+        train, valid = (held and with_reference(held, model, collate, settings.batch_size) for held in (train, valid))
+        lines.append("asked the base once for the log-probabilities that it is compared with")
+    assert train is not None
+    return (
+        _packed(train, valid, found, settings, tokenizer, lines)
+        if settings.packing
+        else Rows(train, valid, collate, lines)
+    )
+
+
+def _asks_first(found: Source, settings: RunSettings) -> bool:
+    """Whether the untouched base is to be asked for what the objective compares with."""
+    options = objectives.get(found.objective).given(settings.objective_settings).options
+    return isinstance(options, Referred) and options.precompute
+
+
+def _collator(objective: str, settings: RunSettings, tokenizer: Any) -> Callable[..., Any]:
+    """What makes batches of rows that are not packed."""
+    if objective == "image_classification":
+        return ImageCollator(tokenizer)
+    special: dict[str, Any] = dict.fromkeys(PAIRS, PairCollator) | {"kto": AnswerCollator, "seq2seq": TargetCollator}
+    special |= dict.fromkeys(("sequence_classification", "regression"), LabelCollator)
+    made: Callable[..., Any] = special.get(objective, PadCollator)(*_padding(settings, tokenizer))
+    return made
+
+
+def _padding(settings: RunSettings, tokenizer: Any) -> tuple[int, int | None]:
+    return tokenizer.pad_token_id, -(-settings.max_length // WIDTHS) if settings.compile else None
+
+
+def _packed(
+    train: list[Any], valid: list[Any] | None, found: Source, settings: RunSettings, tokenizer: Any, lines: list[str]
+) -> Rows:
+    """Rows of max_length tokens, or, as a pair has two answers, of twice as many."""
+    pad, held = _padding(settings, tokenizer), None
+    if found.objective in PAIRS:
+        pairs = pack_pairs(train, 2 * settings.max_length, seed=settings.seed)
+        held = pack_pairs(valid, 2 * settings.max_length, seed=settings.seed).rows if valid else None
+        return Rows(pairs.rows, held, PackedPairCollator(*pad), [*lines, f"packed: {pairs}"])
+    packing = pack(train, settings.max_length, seed=settings.seed)
+    whole = pack(valid, settings.max_length, seed=settings.seed).rows if valid else None
+    return Rows(packing.rows, whole, PackedCollator(*pad), [*lines, f"packed: {packing}"])
 
 
 def _check_packing(found: Source, settings: RunSettings, model: nn.Module, method: Method) -> None:
-    if found.objective not in LANGUAGE:
-        raise SettingsError(f"packing is for language modelling, not for {found.objective}; set packing=false")
+    if found.objective not in PACKED:
+        raise SettingsError(f"packing is for {', '.join(PACKED)}, not for {found.objective}; set packing=false")
     if settings.streaming:
         raise SettingsError("packing needs all rows before training; set packing=false or streaming=false")
-    if "tokens" in method.traits.seams:
+    if not method.traits.packs:
         raise ModelError(
             f"{method.name()} puts tokens before every row, and a packed row holds several examples; set packing=false"
         )
@@ -190,17 +288,32 @@ def _check_packing(found: Source, settings: RunSettings, model: nn.Module, metho
 def _encode(examples: Examples | None, found: Source, settings: RunSettings, tokenizer: Tokenizer) -> list[Any] | None:
     if examples is None:
         return None
-    used: Sequence[Any]
-    if found.objective in LANGUAGE:
-        used, lost = encode_all(examples, tokenizer, **_language(settings))
-    elif found.objective == "token_classification":
-        used, lost = encode_tokens_all(examples, tokenizer, found.labels or (), max_length=settings.max_length)
-    else:
-        used, lost = encode_classification_all(examples, tokenizer, found.labels, max_length=settings.max_length)
+    used, lost = _encoded(examples, found, settings, tokenizer)
     _note(examples, lost)
     if not used:
         raise DataError(f"{examples.source}: no row is left after tokenising; {examples.rejected.summary()}")
     return list(used)
+
+
+def _encoded(
+    examples: Examples, found: Source, settings: RunSettings, tokenizer: Any
+) -> tuple[Sequence[Any], list[Rejected]]:
+    """Rows used and rows rejected, by what is to be learned."""
+    objective, labels = found.objective, found.labels
+    cut: Any = {"max_length": settings.max_length, "truncation": settings.truncation}
+    if objective in LANGUAGE:
+        return encode_all(examples, tokenizer, **_language(settings))
+    if objective in PAIRS:
+        return encode_preference_all(examples, tokenizer, template=settings.template, **cut)
+    if objective == "kto":
+        return encode_unpaired_all(examples, tokenizer, template=settings.template, **cut)
+    if objective == "seq2seq":
+        return encode_targets_all(examples, tokenizer, **cut)
+    if objective == "image_classification":
+        return encode_images_all(examples, labels or ())
+    if objective == "token_classification":
+        return encode_tokens_all(examples, tokenizer, labels or (), max_length=settings.max_length)
+    return encode_classification_all(examples, tokenizer, labels, max_length=settings.max_length)
 
 
 def _language(settings: RunSettings) -> dict[str, Any]:

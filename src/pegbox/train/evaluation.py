@@ -55,7 +55,8 @@ def _metrics(objective: Any, own: Measure | None, predictions: Predictions) -> d
     measured: dict[str, float] = {}
     if isinstance(objective, Objective) and predictions:
         measured = objective.measure(predictions)
-        measured["loss"] = next(measured[key] for key in LOSSES if key in measured)
+        if "loss" not in measured:
+            measured["loss"] = next(measured[key] for key in LOSSES if key in measured)
     return measured | (own(predictions) if own is not None else {})
 
 
@@ -71,7 +72,7 @@ def _gathered(trainer: Trainer, predictions: Predictions, rows: int) -> Predicti
     parts = gather_object([here])
     joined = {key: torch.cat([part[key] for part in parts]) for key in here}
     state = trainer.accelerator.gradient_state
-    by_row = all(len(value) == rows for value in here.values())
+    by_row = all(rows in (len(value), 2 * len(value)) for value in here.values())  # of pairs, two rows an example
     if state.end_of_dataloader and state.remainder > 0 and by_row:
         joined = {key: value[: state.remainder] for key, value in joined.items()}
     return joined

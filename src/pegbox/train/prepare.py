@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pegbox import methods
+from pegbox import methods, objectives
 from pegbox.api import tune
 from pegbox.core import Method, Tuned
 from pegbox.core.errors import SettingsError
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import split_names
+from pegbox.objectives.objective import Objective
+from pegbox.objectives.preference import Referred
 from pegbox.train.datasets import Rows, Source, rows, source
 from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
@@ -40,6 +42,7 @@ class Job:
 
     settings: RunSettings
     found: Source
+    objective: Objective
     rows: Rows
     tuned: Tuned
     tokenizer: Tokenizer
@@ -52,6 +55,8 @@ class Job:
         kept: dict[str, Any] = {"objective": self.found.objective}
         if self.found.labels is not None:
             kept |= {"labels": list(self.found.labels), "multi_label": self.found.multi_label}
+        if self.objective.options is not None:
+            kept["objective_settings"] = asdict(self.objective.options)
         return kept
 
 
@@ -71,6 +76,8 @@ def prepare(settings: RunSettings, output: Path, say: Say) -> Job:
     _seed(settings.seed)
     found = source(settings, output if is_main() else None)
     say(f"data       {found.train.announcement}; objective {found.objective}")
+    objective = objectives.get(found.objective).given(settings.objective_settings)
+    check_reference(objective, method)
     dtype, why = choose_dtype(settings.dtype, trains_base=not method.traits.keeps_base)
     say(f"dtype      {why}")
     loaded = load(
@@ -90,7 +97,17 @@ def prepare(settings: RunSettings, output: Path, say: Say) -> Job:
     tuned = _tuned(settings, loaded, method, say)
     facts = {"data": found.hash, "base": base, "dtype": str(dtype).removeprefix("torch.")}
     facts |= {name: getattr(settings, name) for name in ROWS}
-    return Job(settings, found, made, tuned, loaded.tokenizer, facts["dtype"], facts)
+    return Job(settings, found, objective, made, tuned, loaded.tokenizer, facts["dtype"], facts)
+
+
+def check_reference(objective: Objective, method: Method) -> None:
+    """Raise SettingsError where the objective compares with the base, and the method, which trains it, leaves none."""
+    asked = isinstance(objective.options, Referred) and objective.options.precompute
+    if objective.refers and not method.traits.keeps_base and not asked:
+        raise SettingsError(
+            f"objective {objective.name} compares with the model before training, and {method.name()} trains the "
+            "base's own tensors; set objective.precompute=true, which asks the base first, or use another method"
+        )
 
 
 def _check(settings: RunSettings) -> None:

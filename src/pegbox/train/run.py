@@ -147,9 +147,7 @@ def _data(job: Job) -> dict[str, Any]:
 def _trainer(job: Job, output: Path) -> tuple[Trainer, Interrupt]:
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from pegbox import objectives
-
-    settings, objective = job.settings, objectives.get(job.found.objective)
+    settings, objective = job.settings, job.objective
     evaluates = job.rows.valid is not None
     interrupt = Interrupt()
     callbacks: list[Any] = [Progress(), MetricsFile(output), interrupt]

@@ -9,6 +9,11 @@ from typing import Any, Literal
 from pegbox.core.errors import SettingsError
 from pegbox.core.settings import build, setting
 
+ObjectiveName = Literal[
+    "auto", "causal_lm", "sft", "seq2seq", "sequence_classification", "regression", "token_classification",
+    "image_classification", "dpo", "ipo", "orpo", "simpo", "kto", "reward",
+]  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -20,8 +25,9 @@ class RunSettings:
     method_settings: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "settings of the method"})
     output: str = setting("out", "folder of the run: adapter, checkpoints, metrics, manifest")
 
-    objective: Literal["auto", "causal_lm", "sft", "sequence_classification", "regression", "token_classification"] = (
-        setting("auto", "what is learned; read off the data if auto")
+    objective: ObjectiveName = setting("auto", "what is learned; read off the data if auto")  # noqa: RUF009
+    objective_settings: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings of the objective: objective.beta=0.1"}
     )
     also_train: str | tuple[str, ...] = setting((), "modules trained whole beside the method; a new head always is")
     warm_start: bool = setting(False, "start a new classifier from the linear probe (Kumar et al., 2022)")
@@ -123,46 +129,91 @@ ALIASES = {
     "metric_for_best_model": "best",
     "early_stopping_patience": "patience",
     "resume_from_checkpoint": "resume",
+    "rlhf_type": "objective",
+    "rl": "objective",
+}
+
+# what other tools call the settings of an objective -> ours
+OBJECTIVE_ALIASES = {
+    "pref_beta": "beta",
+    "simpo_gamma": "gamma",
+    "dpo_label_smoothing": "label_smoothing",
+    "center_rewards_coefficient": "centre",
+    "precompute_ref_log_probs": "precompute",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
 }
 
 
 def run_settings(values: Mapping[str, Any], *, cls: type[RunSettings] = RunSettings) -> RunSettings:
-    """Settings from plain values, with the names of other tools accepted and `method.KEY` for the method's own.
+    """Settings from plain values, with the names of other tools accepted, `method.KEY` for the method's own and
+    `objective.KEY` for the objective's.
 
-    A key that only the method knows (`lora_r`, `rank`) goes to the method.  `method` may be a mapping with a `name`.
+    A key that only the method knows (`lora_r`, `rank`) goes to the method, one that only a named objective knows
+    (`beta`) to that.  `method` and `objective` may be mappings with a `name`.
 
     Raises:
         SettingsError: an unknown key (with the nearest one), a wrong type or range, one setting given twice.
     """
     import dataclasses
 
-    from pegbox import methods
+    from pegbox import methods, objectives
 
     known = {f.name for f in dataclasses.fields(cls)}
-    theirs = methods.SETTING_ALIASES.keys() | {f.name for f in dataclasses.fields(methods.get(_method_of(values)))}
+    method = methods.get(_method_of(values))
+    theirs = methods.SETTING_ALIASES.keys() | method.aliases.keys() | {f.name for f in dataclasses.fields(method)}
+    learned = _objective_settings(values)
     own: dict[str, Any] = {}
-    inner: dict[str, Any] = dict(values.get("method_settings") or {})
+    inner = {group: dict(values.get(f"{group}_settings") or {}) for group in ("method", "objective")}
     for key, value in values.items():
         name = key if key in known else ALIASES.get(key, key)
-        if name == "method_settings":
+        group, dot, rest = key.partition(".")
+        if name in ("method_settings", "objective_settings"):
             continue
-        if name == "method" and isinstance(value, Mapping):
-            inner |= {k: v for k, v in value.items() if k != "name"}
-            value = value.get("name", "lora")
-        if key.startswith("method."):
-            inner[key.removeprefix("method.")] = value
-        elif key.startswith(("args.", "columns.")):
-            group, _, rest = key.partition(".")
+        if name in inner and isinstance(value, Mapping):
+            inner[name] |= {k: v for k, v in value.items() if k != "name"}
+            value = value.get("name", "lora" if name == "method" else "auto")
+        if dot and group in inner:
+            inner[group][rest] = value
+        elif dot and group in ("args", "columns"):
             own[group] = {**own.get(group, {}), rest: value}
         elif name not in known and key in theirs:
-            inner[key] = value
+            inner["method"][key] = value
+        elif name not in known and OBJECTIVE_ALIASES.get(key, key) in learned:
+            inner["objective"][key] = value
         elif name in own and name not in ("args", "columns"):
             raise SettingsError(f"{name} is given twice, as {key!r} too")
         else:
             own[name] = value
-    settings = build(cls, own | {"method_settings": inner}, what="run")
+    if "objective" in own:
+        own["objective"] = _canonical(own["objective"])
+    objective = {OBJECTIVE_ALIASES.get(key, key): value for key, value in inner["objective"].items()}
+    settings = build(cls, own | {"method_settings": inner["method"], "objective_settings": objective}, what="run")
     methods.make(settings.method, settings.method_settings)
+    if settings.objective != "auto":
+        objectives.get(settings.objective).given(settings.objective_settings)
     return settings
+
+
+def _canonical(name: Any) -> Any:
+    """An objective's own name for one of its names."""
+    from pegbox import objectives
+
+    return name if name == "auto" or not isinstance(name, str) else objectives.canonical(name)
+
+
+def _objective_settings(values: Mapping[str, Any]) -> frozenset[str]:
+    """What the named objective can be told; nothing where none is named."""
+    import dataclasses
+
+    from pegbox import objectives
+
+    asked = [value for key, value in values.items() if ALIASES.get(key, key) == "objective"]
+    name = asked[-1].get("name", "auto") if asked and isinstance(asked[-1], Mapping) else (asked or ["auto"])[-1]
+    if not isinstance(name, str) or name == "auto":
+        return frozenset()
+    settings = objectives.get(name).settings
+    return frozenset() if settings is None else frozenset(f.name for f in dataclasses.fields(settings))
 
 
 def _method_of(values: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from pegbox.train import checkpoint as checkpoints
 from pegbox.train.callback import Callback, places, save_adapters
 from pegbox.train.evaluation import Measure, evaluate
 from pegbox.train.identity import identity
+from pegbox.train.quantised import allow_quantised
 from pegbox.train.sampler import SimilarLengths
 from pegbox.train.sharding import shard_on_cpu
 
@@ -52,13 +53,15 @@ class Trainer(transformers.Trainer):
         args: as for `transformers.Trainer`.
         data_collator: makes a batch of rows, as those of `pegbox.data.collate`.
         metrics: predictions of the evaluation set to numbers, beside those of the objective.
-        objective_options: passed to the objective, `{"label_smoothing": 0.1}`.
+        objective_options: its settings, `{"beta": 0.1}`, and `reference`, a model that it compares with where that is
+            not the tuned model with its adapter off; passed to an objective that has no settings.
         extra: plain values kept with the adapter, `{"labels": [...]}`.
         facts: what else a resumed run must have in common with this one, `{"data": hash}`.
         kwargs: of `transformers.Trainer`.
 
     Raises:
-        SettingsError: an unknown objective.
+        SettingsError: an unknown objective, or one that lacks an option.
+        MethodError: a quantised base whose own tensors the method trains.
     """
 
     loss_is_scaled_for_ga = True
@@ -77,9 +80,10 @@ class Trainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         self.tuned, self.metrics = tuned, metrics
-        self.objective: Objective | Loss = objectives.get(objective) if isinstance(objective, str) else objective
         args = args or TrainingArguments("trainer_output")
-        self.objective_options = dict(objective_options or {}) | _smoothing(args)
+        self.objective: Objective | Loss
+        self.objective, self.objective_options = _given(objective, dict(objective_options or {}) | _smoothing(args))
+        allow_quantised(tuned)
         self.extra, self.facts = dict(extra or {}), dict(facts or {})
         self._acts = Callback(tuned, save=False)
         self._terms: dict[str, Tensor] = {}  # sums of the named losses since the last line of the log
@@ -130,7 +134,7 @@ class Trainer(transformers.Trainer):
         if not batches or not isinstance(self.objective, Objective):
             return batches, None
         counts = [self.objective.count(batch, **self.objective_options) for batch in batches]
-        items = self.accelerator.reduce(torch.stack(counts).sum().to(device), "sum")
+        items = self.accelerator.reduce(torch.stack(counts).sum(0).to(device), "sum")
         return batches, torch.where(items == 0, torch.ones_like(items), items)
 
     def compute_loss(
@@ -312,6 +316,15 @@ class _Progress(TrainerCallback):
         if self.trainer._resumed is not None:
             self.trainer._restore_progress(self.trainer._resumed)
             self.trainer._resumed = None
+
+
+def _given(objective: str | Objective | Loss, options: dict[str, Any]) -> tuple[Objective | Loss, dict[str, Any]]:
+    """The objective with its settings, and what is still to be passed to it."""
+    found = objectives.get(objective) if isinstance(objective, str) else objective
+    if not isinstance(found, Objective) or (found.settings is None and "reference" not in options):
+        return found, options
+    reference = options.pop("reference", None)
+    return found.given(options, reference=reference), {}
 
 
 def _smoothing(args: TrainingArguments) -> dict[str, float]:
