@@ -8,14 +8,13 @@ another model, so it shares a model with no other adapter and cannot be disabled
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
 from pegbox.core import Anatomy, Method, Traits, setting
-from pegbox.core.method import split_names
+from pegbox.core.selection import targeted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +28,4 @@ class Full(Method):
         return []
 
     def selects(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
-        find = functools.partial(anatomy.resolve, layers=self.layers, kinds=self.kinds, who=self.name())
-        within = _prefixes(find(split_names(self.targets)))
-        without = _prefixes(find(split_names(self.exclude)) if self.exclude else [])
-        names = [name for name, _ in model.named_parameters()]
-        return [name for name in names if name.startswith(within) and not name.startswith(without)]
-
-
-def _prefixes(paths: list[str]) -> tuple[str, ...]:
-    return tuple(f"{path}." if path else "" for path in paths)
+        return targeted(self, model, anatomy, layers=self.layers)

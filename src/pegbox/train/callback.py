@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,6 +18,7 @@ from pegbox.train.bypass import check_nothing_is_bypassed
 from pegbox.train.own_state import only_adapters
 from pegbox.train.quantised import allow_quantised
 from pegbox.train.reentrant import drop_own_hooks, is_reentrant, require_input_grads
+from pegbox.train.turns import all_again, check_arguments, free_resting, takes_turns
 
 
 class Callback(TrainerCallback):
@@ -31,7 +33,7 @@ class Callback(TrainerCallback):
 
         acts = pegbox.Callback(tuned)
         for step, batch in enumerate(batches):
-            acts.before_step(step, steps)
+            acts.before_step(step, steps, optimizer)
             (tuned(**batch).loss + tuned.penalty()).backward()
             optimizer.step()
             acts.after_step(step, steps)
@@ -63,10 +65,19 @@ class Callback(TrainerCallback):
             method.calibrate(self.tuned, batches)
         self._calibrated = True
 
-    def before_step(self, step: int, steps: int) -> None:
-        """Before the forward of optimizer step `step` (from 0) of `steps`."""
+    def before_step(self, step: int, steps: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Before the forward of optimizer step `step` (from 0) of `steps`.
+
+        Args:
+            optimizer: of the loop; a method that trains its tensors in turn frees what it holds of those that rest.
+
+        Raises:
+            MethodError: there is such a method, and no optimizer, or one that was not made from `tuned.groups`.
+        """
         for method in self.methods:
             method.before_step(self.tuned, step, steps)
+        if takes_turns(self.tuned):
+            free_resting(self.tuned, optimizer)
 
     def after_step(self, step: int, steps: int) -> None:
         """After optimizer step `step`; the gradients are still there."""
@@ -76,10 +87,11 @@ class Callback(TrainerCallback):
     @property
     def needs_data(self) -> bool:
         """Whether a method in use looks at data before training, and has not yet."""
-        return not self._calibrated and any(type(m).calibrate is not Method.calibrate for m in self.methods)
+        return not self._calibrated and any(m.calibrates() for m in self.methods)
 
     def close(self) -> None:
-        """Take off what training put on the model."""
+        """Take off what training put on the model; nothing rests any more."""
+        all_again(self.tuned)
         if self._reentrant is not None:
             self._reentrant.remove()
             self._reentrant = None
@@ -94,6 +106,9 @@ class Callback(TrainerCallback):
             )
         # the trainer would keep the columns that Tuned.forward names, which are none but the labels
         args.remove_unused_columns = False
+        if takes_turns(self.tuned):
+            check_arguments(self.tuned, args)
+            all_again(self.tuned)  # where an earlier run was broken off
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,7 +128,7 @@ class Callback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.before_step(state.global_step, state.max_steps)
+        self.before_step(state.global_step, state.max_steps, kwargs.get("optimizer"))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -31,6 +31,7 @@ from pegbox.train.identity import identity
 from pegbox.train.quantised import allow_quantised
 from pegbox.train.sampler import SimilarLengths
 from pegbox.train.sharding import shard_on_cpu
+from pegbox.train.turns import takes_turns
 
 Loss = Callable[..., Losses]
 
@@ -90,7 +91,7 @@ class Trainer(transformers.Trainer):
         self._logged_at = 0
         self._staging: Path | None = None
         self._wanted_cache = getattr(tuned.config, "use_cache", None) if hasattr(tuned, "config") else None
-        if args.ddp_find_unused_parameters is None:
+        if args.ddp_find_unused_parameters is None and not takes_turns(tuned):
             args.ddp_find_unused_parameters = not args.gradient_checkpointing
         if args.n_gpu > 1:
             args._n_gpu = 1  # nn.DataParallel copies modules, which grafts do not follow
@@ -297,7 +298,7 @@ class Trainer(transformers.Trainer):
 
     def _load_adapters(self, folder: Path) -> None:
         for name, place in places(self.tuned, folder).items():
-            file = files.read(place, methods.catalogue().values())
+            file = methods.read(place)
             mine = self.tuned.adapter(name).method
             if file.method != mine.name():
                 raise AdapterError(f"{place} holds a {file.method} adapter, this run trains {mine.name()}")
