@@ -19,6 +19,7 @@ from pegbox.evaluate.compare import compare, majority
 from pegbox.evaluate.compare_settings import built, compare_settings
 from pegbox.evaluate.comparison import Comparison
 from pegbox.evaluate.opened import open_adapter
+from pegbox.evaluate.run_log import Finished, Run
 from pegbox.train.trainer import Trainer
 
 METHODS = ("lora", "bitfit", "full")
@@ -162,6 +163,21 @@ def test_a_head_that_starts_warm_is_the_probe(values: dict[str, Any]) -> None:
     predictions = work._baselines()
     made = work.bench.train(work.methods["lora"], rate=1e-12, seed=0, steps=1)
     assert torch.equal(work.bench.predict(made.tuned, work.bench.test)["right"], predictions["linear probe"]["right"])
+
+
+def test_the_smallest_of_those_that_validation_rows_hardly_tell_apart_wins(values: dict[str, Any]) -> None:
+    work = module._Work(compare_settings(values), Silent())
+    error = work._standard_error(0.8)
+    assert error == pytest.approx((0.8 * 0.2 / len(work.bench.valid)) ** 0.5)
+
+    def winner(**valid: float) -> str:
+        sizes = {"lora": 20, "bitfit": 10, "full": 30}
+        runs = {n: [Finished(Run(n, "{}", "seed", 1e-3, 1), v, sizes[n], 1.0)] for n, v in valid.items()}
+        return work._winner(runs)
+
+    assert winner(full=0.8, lora=0.8 - error / 2, bitfit=0.8 - 2 * error) == "lora"
+    assert winner(full=0.8, lora=0.8, bitfit=float("nan")) == "lora"
+    assert winner(full=0.8, lora=0.8 - 2 * error) == "full"
 
 
 def test_language_models_are_compared_by_their_loss(

@@ -2,7 +2,8 @@
 
 Every method gets the same number of learning rates, tried for the same number of steps on the same rows and judged on
 the same validation rows; then as many seeds with its best rate, judged on test rows that no choice has seen.  The
-winner, and its best seed, are chosen on the validation rows too.
+winner, and its best seed, are chosen on the validation rows too: the smallest of the methods that these rows hardly
+tell from the best (the one-standard-error rule of Breiman et al., 1984).
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class _Work:
             name: [self._seed(name, chosen[name], settings.seed + k + 1) for k in range(settings.seeds)]
             for name in names
         }
-        winner = max(names, key=lambda name: self._score(mean([f.valid for f in seeds[name]])))
+        winner = self._winner(seeds)
         self._keep(self._best(seeds[winner]))
         predictions = {name: [self._predictions(f.run) for f in runs] for name, runs in seeds.items()}
         return conclude(self.bench, self._budget(), trials, seeds, predictions, baselines, winner)
@@ -103,6 +104,15 @@ class _Work:
             f"batches of {s.batch_size * s.gradient_accumulation}{head}",
             f"data: {found.train.source}; {rows}",
             f"rates: {'; '.join(grids)}",
+            *self._rule(),
+        ]
+
+    def _rule(self) -> list[str]:
+        if not self.bench.is_single_label:
+            return []
+        return [
+            "winner: of the methods within one standard error of the best on the validation rows, the one that trains "
+            "fewest parameters"
         ]
 
     # -- choosing --------------------------------------------------------------------------------------------------
@@ -122,6 +132,20 @@ class _Work:
         middle = mean([math.log(done.run.rate) for done in runs])
         best = max(runs, key=lambda done: (self._score(done.valid), -abs(math.log(done.run.rate) - middle)))
         return best.run.rate
+
+    def _winner(self, seeds: dict[str, list[Finished]]) -> str:
+        """Of the methods that the validation rows hardly tell from the best, the one that trains fewest parameters."""
+        valid = {name: mean([done.valid for done in runs]) for name, runs in seeds.items()}
+        best = max(valid, key=lambda name: self._score(valid[name]))
+        least = self._score(valid[best]) - self._standard_error(valid[best])
+        near = [name for name in valid if self._score(valid[name]) >= least or name == best]
+        return min(near, key=lambda name: (seeds[name][0].trained, -self._score(valid[name])))
+
+    def _standard_error(self, accuracy: float) -> float:
+        """Of an accuracy on the validation rows; 0 for other metrics, whose best method wins."""
+        if not self.bench.is_single_label or math.isnan(accuracy):
+            return 0.0
+        return math.sqrt(accuracy * (1 - accuracy) / len(self.bench.valid))
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
@@ -194,7 +218,8 @@ class _Work:
         return replace(done, per_row=per_row, size=(folder / files.TENSORS).stat().st_size)
 
     def _folder(self, run: Run) -> Path:
-        return self.output / RUNS / f"{run.method}-seed{run.seed}"
+        name = run.method.replace(":", "-")  # peft:vera; a colon is no part of a file's name everywhere
+        return self.output / RUNS / f"{name}-seed{run.seed}"
 
     def _predictions(self, run: Run) -> Predictions:
         return load_file(self._folder(run) / PREDICTIONS)
