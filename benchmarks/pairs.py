@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import machine
 from benchmarks.measure import fresh
 from benchmarks.models import DTYPES
-from benchmarks.ratios import Bar, Round, curve_gap, ratio, value
+from benchmarks.ratios import Bar, Reading, Round, curve_gap, ratio, value
 
+SHORT = {"prompt_tuning": "prompt", "prefix_tuning": "prefix", "p_tuning": "p-tuning"}
 SPEED = ratio("theirs.step", "ours.step")
 MEMORY = ratio("ours.peak", "theirs.peak")
 ABOVE_MODEL = ratio("ours.above_model", "theirs.above_model")
@@ -76,6 +78,33 @@ def _agree(ours: Any, theirs: Any) -> bool:
     return math.isclose(ours, theirs, rel_tol=1e-3)
 
 
+def over_all(known: Mapping[str, Pair], results: Mapping[str, Any]) -> list[Reading]:
+    """Geometric means over all methods that PEFT has too, of the medians; unmeasured where one of them is."""
+    training = [pair for pair in known.values() if pair.kind == "training"]
+    against = [pair for pair in training if (pair.theirs or {}).get("library") == "peft"]
+    if not against:
+        return []
+    measured = all(pair.name in results for pair in against)
+    readings = []
+    for bar in OVER_ALL:
+        each = [Reading.of(bar, results[pair.name]["rounds"]) for pair in against] if measured else []
+        means = (_mean([r.median for r in each]), _mean([r.low for r in each]), _mean([r.high for r in each]))
+        readings.append(Reading(bar, *means))
+    return readings
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Geometric; None of nothing."""
+    known = [value for value in values if value is not None]
+    return statistics.geometric_mean(known) if known else None
+
+
+OVER_ALL = (
+    Bar("speed, times PEFT's: geometric mean", SPEED, at_least=1.25),
+    Bar("peak memory, of PEFT's: geometric mean", MEMORY, at_most=1.0),
+)
+
+
 # -- the list --------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +113,7 @@ def _training(
 ) -> Pair:
     shared = {"method": method, "dtype": dtype, "steps": steps, "forward": forward}
     return Pair(
-        f"{method.replace('_tuning', '')}-{dtype}",
+        f"{SHORT.get(method, method)}-{dtype}",
         f"{title}, {dtype}",
         "training",
         {"library": "pegbox", **shared},
@@ -119,16 +148,64 @@ def _others() -> list[Pair]:
             ("dora", "DoRA", "first_loss", ""),
             ("miss", "MiSS", "first_loss", ""),
             ("bitfit", "BitFit", "first_loss", BITFIT),
+            ("ia3", "IA3", "first_loss", ""),
             ("prompt_tuning", "Prompt tuning, 20 tokens", None, ""),
+            ("p_tuning", "P-tuning, 20 tokens of an MLP", None, ""),
+            ("prefix_tuning", "Prefix tuning, 20 pairs a layer", None, ""),
         )
         for dtype in DTYPES
     ]
 
 
+def _ours(method: str, beside: str, dtype: str, title: str, bars: tuple[Bar, ...], note: str) -> Pair:
+    """Two methods of Pegbox."""
+    shared = {"library": "pegbox", "dtype": dtype, "steps": 1, "forward": False}
+    return Pair(
+        f"{method}-{dtype}",
+        f"{title}, {dtype}",
+        "training",
+        {"method": method, **shared},
+        {"method": beside, **shared},
+        (*bars, Bar(f"peak memory above the model, of {beside}'s", ABOVE_MODEL)),
+        note=note,
+    )
+
+
+def _selections() -> list[Pair]:
+    """Methods that train a selection: of channels beside our LoRA, of blocks beside all of them."""
+    step = ratio("ours.step", "theirs.step")
+    channels = (
+        Bar("time of a step, of our LoRA's", step, at_most=0.9),
+        Bar("peak memory, of our LoRA's", MEMORY, at_most=0.9),
+    )
+    blocks = (
+        Bar("time of a step, of full tuning's", step, at_most=0.75),
+        Bar(
+            "what the optimizer holds, of full tuning's",
+            ratio("ours.optimizer", "theirs.optimizer"),
+            at_most=0.55,
+        ),
+    )
+    return [
+        *(_ours("s2ft", "lora", dtype, "S2FT, 3 % of the MLP's channels", channels, S2FT) for dtype in DTYPES),
+        _ours("lisa", "full", "fp32", "LISA, 2 of 12 blocks", blocks, LISA),
+    ]
+
+
+S2FT = "S2FT beside Pegbox's own LoRA of rank 16 on all linears, both through the same loss."
+LISA = (
+    "LISA beside Pegbox's own full tuning, in float32 as both train the base's tensors. Embedding, last norm and head "
+    "always train, so autograd runs through every block; the ten that rest make no weight gradients and no updates."
+)
 BITFIT = (
     "PEFT's nearest to BitFit is BEFT, which adds a trained vector to the output of each linear: the same function "
     "and the same number of parameters. `LoraConfig(bias='all')` trains biases only beside LoRA's factors, LN tuning "
     "trains norms instead. The Llama has biases in attention and MLP here."
+)
+DENOISING = (
+    "A text-conditioned U-Net of three sizes on 8 latents of 4 x 32 x 32. SC-Tuner edits every skip with rho = 1; "
+    "Pegbox's own LoRA has rank 64 on all projections of attention, as in the comparison of SCEdit's paper. "
+    "Nothing of the U-Net's encoder is kept for the backward pass of the former."
 )
 CHAT = (
     "dolly_3k's first conversations with the chatml template, loss on the assistant's turns, eight conversations a "
@@ -186,6 +263,26 @@ def _decoding(dtype: str) -> Pair:
     )
 
 
+def _denoising(dtype: str) -> Pair:
+    """SC-Tuner beside our LoRA."""
+    shared = {"dtype": dtype, "steps": 1}
+    return Pair(
+        f"scedit-{dtype}",
+        f"SC-Tuner on a U-Net, {dtype}",
+        "denoising",
+        {"method": "scedit", **shared},
+        {"method": "lora", **shared},
+        (
+            Bar("peak memory above the model, of our LoRA's", ABOVE_MODEL, at_most=1.0),
+            Bar("peak memory, of our LoRA's", MEMORY),
+            Bar("time of a step, of our LoRA's", ratio("ours.step", "theirs.step")),
+            Bar("trained parameters, of our LoRA's", ratio("ours.trained", "theirs.trained")),
+        ),
+        same="first_loss",
+        note=DENOISING,
+    )
+
+
 def _starting() -> Pair:
     return Pair(
         "start",
@@ -204,4 +301,5 @@ def _starting() -> Pair:
 
 def pairs() -> dict[str, Pair]:
     """Every pair by name, in the order of the report."""
-    return {pair.name: pair for pair in (*_loras(), *_others(), _chat(), *map(_decoding, DTYPES), _starting())}
+    training = (*_loras(), *_others(), *_selections(), _chat(), *map(_denoising, DTYPES))
+    return {pair.name: pair for pair in (*training, *map(_decoding, DTYPES), _starting())}

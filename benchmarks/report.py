@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.pairs import Pair
+from benchmarks.pairs import Pair, over_all
 from benchmarks.ratios import Reading
 
 HEAD = """\
@@ -25,6 +25,7 @@ model is built), with interpreter, libraries and weights; "above the model" is t
 A forward is the base's alone, with its own loss, without gradients.
 """
 
+AGAINST = "medians of the pairs above that compare with PEFT's step"
 TABLE = "| | measured | bar | |\n| --- | --- | --- | --- |"
 
 
@@ -32,7 +33,10 @@ def render(pairs: Mapping[str, Pair], results: Mapping[str, Any]) -> str:
     """The whole page."""
     rows = [row for name, pair in pairs.items() for row in _rows(pair, results.get(name))]
     readings = {name: _readings(pair, results.get(name)) for name, pair in pairs.items()}
-    parts = [HEAD, "\n".join([TABLE, *rows]), _missed(pairs, readings), _notes(pairs.values()), _machines(results)]
+    together = over_all(pairs, results)
+    rows += _table(f"**Every method that PEFT has too** ({AGAINST})", together) if together else []
+    missed, notes = _missed(pairs, readings, together), _notes(pairs.values())
+    parts = [HEAD, "\n".join([TABLE, *rows]), missed, notes, _machines(results)]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -43,9 +47,13 @@ def _readings(pair: Pair, result: Mapping[str, Any] | None) -> list[Reading]:
 
 
 def _rows(pair: Pair, result: Mapping[str, Any] | None) -> list[str]:
-    cells = [(r.bar.what, str(r), str(r.bar), verdict(r)) for r in _readings(pair, result)]
     rounds = f", rounds: {len(result['rounds'])}" if result else ""
-    return [f"| **{pair.title}** (`{pair.name}`{rounds}) | | | |", *(f"| {' | '.join(row)} |" for row in cells)]
+    return _table(f"**{pair.title}** (`{pair.name}`{rounds})", _readings(pair, result))
+
+
+def _table(title: str, readings: Iterable[Reading]) -> list[str]:
+    cells = [(r.bar.what, str(r), str(r.bar), verdict(r)) for r in readings]
+    return [f"| {title} | | | |", *(f"| {' | '.join(row)} |" for row in cells)]
 
 
 def verdict(reading: Reading) -> str:
@@ -57,10 +65,11 @@ def verdict(reading: Reading) -> str:
     return "met" if reading.met else "**missed**"
 
 
-def _missed(pairs: Mapping[str, Pair], readings: Mapping[str, list[Reading]]) -> str:
+def _missed(pairs: Mapping[str, Pair], readings: Mapping[str, list[Reading]], together: list[Reading]) -> str:
+    titled = {pairs[name].title: of_pair for name, of_pair in readings.items()} | {"Every method": together}
     lines = [
-        f"- {pairs[name].title}: {reading.bar.what} should be {reading.bar}, measured {reading}."
-        for name, of_pair in readings.items()
+        f"- {title}: {reading.bar.what} should be {reading.bar}, measured {reading}."
+        for title, of_pair in titled.items()
         for reading in of_pair
         if not reading.met
     ]

@@ -1,10 +1,11 @@
-"""One optimizer step, repeated: Pegbox's and PEFT's side of every method that both have."""
+"""One optimizer step, repeated: Pegbox's and PEFT's side of every method that both have, and Pegbox's other methods."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from benchmarks import memory
 from benchmarks.models import ALPHA, RANK, batch, llama
 
 LEARNING_RATE = 1e-4
-PROMPT_TOKENS = 20
+PROMPT_TOKENS = 20  # of prompts, and pairs a layer of prefixes
+IN_TURN, MOST_STEPS = ("lisa",), 100
 
 Loss = Callable[[], Tensor]
 Side = Callable[[nn.Module, str], tuple[nn.Module, Loss]]
@@ -35,7 +37,8 @@ def measure(library: str, method: str, dtype: str, steps: int, forward: bool) ->
     before = memory.resident()
     memory.forget_peak()
     tuned, loss = side(model, method)
-    step = _stepper(loss, (p for p in tuned.parameters() if p.requires_grad))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    step = _stepper(loss, optimizer, _turns(tuned, optimizer) if method in IN_TURN else None)
     first = step()
     seconds = [_timed(step) for _ in range(steps)]
     peak = memory.peak()
@@ -47,13 +50,16 @@ def measure(library: str, method: str, dtype: str, steps: int, forward: bool) ->
         "above_model": peak - before,
         "first_loss": first,
         "trained": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        "optimizer": _held(optimizer),
     }
 
 
-def _stepper(loss: Loss, parameters: Iterable[nn.Parameter]) -> Callable[[], float]:
-    optimizer = torch.optim.AdamW(list(parameters), lr=LEARNING_RATE)
-
+def _stepper(
+    loss: Loss, optimizer: torch.optim.Optimizer, before: Callable[[], None] | None = None
+) -> Callable[[], float]:
     def step() -> float:
+        if before is not None:
+            before()
         value = loss()
         value.backward()
         optimizer.step()
@@ -61,6 +67,20 @@ def _stepper(loss: Loss, parameters: Iterable[nn.Parameter]) -> Callable[[], flo
         return value.item()
 
     return step
+
+
+def _turns(tuned: Any, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """What comes before each step of a method that trains its tensors in turn; the measured steps are of one turn."""
+    import pegbox
+
+    acts, steps = pegbox.Callback(tuned, save=False), itertools.count()
+    return lambda: acts.before_step(next(steps), MOST_STEPS, optimizer)
+
+
+def _held(optimizer: torch.optim.Optimizer) -> float:
+    """What an optimizer keeps between steps, MiB."""
+    kept = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    return sum(v.numel() * v.element_size() for v in kept) / 2**20
 
 
 def _timed(call: Callable[[], Any]) -> float:
@@ -93,7 +113,13 @@ def _pegbox(model: nn.Module, method: str) -> tuple[nn.Module, Loss]:
         "dora": {"rank": RANK, "alpha": ALPHA},
         "miss": {"rank": RANK},
         "bitfit": {"targets": "all-linear"},
+        "ia3": {},
         "prompt_tuning": {"tokens": PROMPT_TOKENS},
+        "p_tuning": {"tokens": PROMPT_TOKENS},
+        "prefix_tuning": {"tokens": PROMPT_TOKENS},
+        "s2ft": {"down": 0.03},
+        "full": {},
+        "lisa": {"active": 2, "period": MOST_STEPS},
     }
     tuned, objective, data = pegbox.tune(model, method, **settings[method]), objectives.get("causal_lm"), batch()
 
@@ -116,14 +142,27 @@ def _peft_config(method: str) -> Any:
 
     `LoraConfig(bias="all")` trains biases only beside LoRA factors, and LN tuning trains norms.
     """
-    from peft import BeftConfig, LoraConfig, MissConfig, PromptTuningConfig, TaskType
+    from peft import (
+        BeftConfig,
+        IA3Config,
+        LoraConfig,
+        MissConfig,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        TaskType,
+    )
 
     linears: dict[str, Any] = {"target_modules": "all-linear", "task_type": TaskType.CAUSAL_LM}
+    virtual: dict[str, Any] = {"num_virtual_tokens": PROMPT_TOKENS, "task_type": TaskType.CAUSAL_LM}
     makers: dict[str, Callable[[], Any]] = {
         "lora": lambda: LoraConfig(r=RANK, lora_alpha=int(ALPHA), **linears),
         "dora": lambda: LoraConfig(r=RANK, lora_alpha=int(ALPHA), use_dora=True, **linears),
         "miss": lambda: MissConfig(r=RANK, **linears),
         "bitfit": lambda: BeftConfig(**linears),
-        "prompt_tuning": lambda: PromptTuningConfig(num_virtual_tokens=PROMPT_TOKENS, task_type=TaskType.CAUSAL_LM),
+        "ia3": lambda: IA3Config(task_type=TaskType.CAUSAL_LM),
+        "prompt_tuning": lambda: PromptTuningConfig(**virtual),
+        "p_tuning": lambda: PromptEncoderConfig(**virtual),
+        "prefix_tuning": lambda: PrefixTuningConfig(**virtual),
     }
     return makers[method]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.pairs import Pair
+from benchmarks.pairs import Pair, over_all
 from benchmarks.ratios import Bar, Reading, Round, curve_gap, ratio, value
 from benchmarks.report import render
 
@@ -66,3 +66,20 @@ def test_the_page_names_met_missed_and_absent() -> None:
 
 def test_a_page_without_misses_says_so() -> None:
     assert "No bar was missed." in render({"good": pair("good")}, {"good": result((1.0, 2.0))})
+
+
+def test_the_mean_over_peft_is_geometric_and_of_medians() -> None:
+    """Pairs that compare with something else do not count, and one that is unmeasured leaves no mean."""
+    theirs = {"library": "peft"}
+    known = {name: Pair(name, name, "training", {}, theirs, (SPEED,)) for name in ("twice", "half")} | {"own": pair("own")}
+    half = {"peak": 1.0}
+    results = {
+        name: {"rounds": [{"ours": {"step": 1.0} | half, "theirs": {"step": s} | half} for s in steps]}
+        for name, steps in {"twice": (8.0, 4.0, 2.0), "half": (1.0,), "own": (9.0,)}.items()
+    }
+    speed, memory = over_all(known, results)
+    assert (speed.median, speed.low, speed.high) == pytest.approx((2.0, 2**0.5, 8**0.5))
+    assert speed.met
+    assert memory.median == pytest.approx(1.0)
+    results.pop("half")
+    assert [r.median for r in over_all(known, results)] == [None, None]

@@ -14,6 +14,7 @@ from pegbox.checks.models import LENGTH
 from pegbox.checks.when import generates, in_one_stack, keeps_base, packs, packs_not, per_row
 from pegbox.core.errors import CannotMix, ModelError
 from pegbox.core.method import Method
+from pegbox.core.settings import build
 from pegbox.core.tuned import Tuned
 
 ROUNDING = 3 * FP32  # convolutions of fewer rows round otherwise
@@ -60,7 +61,7 @@ def _three(lab: Lab) -> Tuned:
 
 def _other(lab: Lab) -> Method:
     name = "miss" if lab.method.name() == "lora" else "lora"
-    return suited(methods.get(name)(rank=2), lab.family)
+    return suited(build(methods.get(name), {"rank": 2}), lab.family)
 
 
 @torch.no_grad()

@@ -448,7 +448,7 @@ class ShiftGraft(OpeningGraft):
 
     def __init__(self, pairs: Pairs, site: Site) -> None:
         super().__init__(inserts=0, moves=pairs.count)
-        self.names = tuple(site.__signature__.parameters)
+        self.names = tuple(inspect.signature(site.module.forward).parameters)
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(self.names, args, strict=False)) | kwargs

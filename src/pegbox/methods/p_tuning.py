@@ -74,7 +74,7 @@ def _drawn(method: PTuning, width: int) -> dict[str, Tensor]:
     else:
         lstm = nn.Identity()
         linears = [nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, width)]
-    drawn = {f"lstm_{name}": p for name, p in lstm.named_parameters()}
+    drawn: dict[str, Tensor] = {f"lstm_{name}": p for name, p in lstm.named_parameters()}
     return drawn | {f"mlp_{name}_{i}": p for i, linear in enumerate(linears) for name, p in linear.named_parameters()}
 
 

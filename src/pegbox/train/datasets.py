@@ -275,7 +275,9 @@ def _packed(
 
 def _check_packing(found: Source, settings: RunSettings, model: nn.Module, method: Method) -> None:
     if found.objective not in PACKED:
-        raise SettingsError(f"packing is for {', '.join(PACKED)}, not for {found.objective}; set packing=false")
+        raise SettingsError(
+            f"packing is for language modelling ({', '.join(PACKED)}), not for {found.objective}; set packing=false"
+        )
     if settings.streaming:
         raise SettingsError("packing needs all rows before training; set packing=false or streaming=false")
     if not method.traits.packs:
