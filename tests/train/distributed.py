@@ -22,7 +22,9 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("lora", {"ddp_find_unused_parameters": False}),
     "fsdp2": ("lora", FSDP2),
     "fsdp2-full": ("full", FSDP2),
+    "ddp-lisa": ("lisa", {}),
 }
+SETTINGS = {"lisa": {"active": 1, "period": 2}}
 STEPS = 10
 
 
@@ -38,7 +40,7 @@ def job(out: Path, method: str, processes: int, resume: str | None = None, **cha
         **changes,
     )
     trainer = Trainer(
-        pegbox.tune(tiny.llama(), method),
+        pegbox.tune(tiny.llama(), method, **SETTINGS.get(method, {})),
         "causal_lm",
         args,
         train_dataset=tiny.rows(64),

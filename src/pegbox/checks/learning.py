@@ -14,6 +14,7 @@ from pegbox.core.tuned import Tuned
 
 STEPS = 20
 RATE = 1e-2
+TURNS = 12
 
 
 @check(on="all")
@@ -62,6 +63,24 @@ def groups_hold_what_trains(lab: Lab) -> None:
     require(sorted(grouped) == sorted(map(id, tuned.trainable().values())), "groups and trainable parameters differ")
 
 
+@check()
+def turns_as_declared(lab: Lab) -> None:
+    """traits.in_turn holds exactly if what trains changes between steps; what rests has no gradient, but a group."""
+    tuned, seen = lab.tuned().train(), set()
+    ever = set(tuned.trainable())
+    for step in range(TURNS):
+        lab.method.before_step(tuned, step, TURNS)
+        seen.add(frozenset(tuned.trainable()))
+        require(all(ever >= now for now in seen), "a parameter trains that did not before the first step")
+        lab.gradients(tuned, step)
+        stray = [n for n, p in tuned.named_parameters() if p.grad is not None and not p.requires_grad]
+        require(not stray, f"{stray[:3]} rest and have gradients")
+        grouped = {name for group in tuned.groups(RATE) for name in group["names"]}
+        require(grouped == ever, f"the optimizer's groups lack {sorted(ever - grouped)[:3]}")
+    declared = lab.method.traits.in_turn
+    require((len(seen) > 1) == declared, f"traits.in_turn is {declared}; {len(seen)} choices in {TURNS} steps")
+
+
 @check(has_dropout)
 def dropout_rests_in_eval(lab: Lab) -> None:
     """In eval mode an adapter with dropout gives what it gives without."""
@@ -100,7 +119,8 @@ def _recomputed(lab: Lab, tuned: Tuned, reentrant: bool) -> dict[str, Tensor]:
     if reentrant:  # only inputs that ask for gradients make it run backwards
         model.get_submodule(tuned.anatomy.role("embed")[0]).register_forward_hook(_ask_for_gradients)
     gradients = lab.gradients(tuned)
-    require(len(calls) == 2, f"a block ran {len(calls)} times, with checkpointing it runs twice")
+    runs = 1 if "taps" in lab.method.traits.seams else 2  # nothing of a tapped block is kept, so nothing is made again
+    require(len(calls) == runs, f"a block ran {len(calls)} times, with checkpointing it runs {runs} times")
     return gradients
 
 
