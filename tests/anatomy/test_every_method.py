@@ -56,11 +56,6 @@ LACKS = {"bias": ("bias",), "token ids": ("input_ids", "Embedding")}
 BROKEN = {
     ("ladder", "deberta"): "the model goes on from its list of hidden states, so what joins at the end is not read",
     ("ladder", "deberta-v2"): "the model goes on from its list of hidden states, so what joins at the end is not read",
-    ("prefix_tuning", "deberta-v2"): "its masks are of whole numbers",
-    ("prefix_tuning", "gemma3"): "the vision tower's positions are taken for the text's",
-    ("prefix_tuning", "llava"): "the vision tower's positions are taken for the text's",
-    ("prefix_tuning", "swin"): "attention in windows has a bias for each pair of places, and no more",
-    ("prefix_tuning", "whisper"): "the encoder's positions, all in use, are taken for the decoder's",
 }
 
 

@@ -29,6 +29,7 @@ from pegbox.core.tokens import OpeningGraft, alike, right_aligned, text_position
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what attentions call their cache
 MASKS = ("attention_mask", "mask")
+DISTANCES = ("relative_position_bias_table", "relative_position_bias", "max_relative_positions")
 CROSSED = ("key_value_states", "encoder_hidden_states")
 
 
@@ -99,8 +100,8 @@ def survey(model: nn.Module, anatomy: Anatomy, attentions: Sequence[str]) -> Sur
         place = places[path] = _place(model, path, pairs.get(path, ()), len(places), start, relative)
         start += 2 * place.width
         if place.cache is None:
-            projections |= _without_cache(place, pairs.get(path, ()))
-    return Survey(places, projections, _position(model, anatomy, tables))
+            projections |= _without_cache(model, place, pairs.get(path, ()))
+    return Survey(places, projections, _position(model, anatomy, tables, attentions))
 
 
 def _tables(anatomy: Anatomy) -> list[str]:
@@ -168,7 +169,7 @@ def key_shape(config: Any) -> tuple[int, int]:
     return getattr(config, "num_key_value_heads", None) or heads, dim
 
 
-def _without_cache(place: Place, pair: Sequence[str]) -> dict[str, tuple[Place, int]]:
+def _without_cache(model: nn.Module, place: Place, pair: Sequence[str]) -> dict[str, tuple[Place, int]]:
     if not pair:
         raise TargetError(
             f"{place.path} takes no key-value cache and has no key and value projection of its own, so it cannot be "
@@ -176,16 +177,25 @@ def _without_cache(place: Place, pair: Sequence[str]) -> dict[str, tuple[Place, 
         )
     if "position_embeddings" in place.names:
         raise TargetError(f"{place.path} rotates its keys and takes no key-value cache, so it cannot be given more")
+    if any(_told(model.get_submodule(place.path), name, object) is not None for name in DISTANCES):
+        raise TargetError(f"{place.path} has a bias for each pair of its places, so it cannot be given more keys")
     return {path: (place, part) for part, path in enumerate(pair)}
 
 
-def _position(model: nn.Module, anatomy: Anatomy, tables: Sequence[str]) -> str | None:
-    """A plain table of positions outside the blocks; else the model, where it takes `position_ids`."""
-    outside = [p for p in tables if not any(p.startswith(f"{block}.") for block in anatomy.blocks)]
-    plain = [path for path in outside if type(model.get_submodule(path)) is nn.Embedding]
-    if plain:
-        return plain[0]
+def _position(model: nn.Module, anatomy: Anatomy, tables: Sequence[str], attentions: Sequence[str]) -> str | None:
+    """A plain table of positions beside the tokens' own table; else the model, where it takes `position_ids`."""
+    embeds = [path for path in anatomy.role("embed") if isinstance(model.get_submodule(path), nn.Embedding)]
+    beside = {_parent(path) for path in embeds}
+    for path in tables:
+        plain = type(model.get_submodule(path)) is nn.Embedding and _parent(path) in beside
+        tower = _parent(_parent(path))
+        if plain and any(attention.startswith(tower) for attention in attentions):
+            return path
     return "" if "position_ids" in inspect.signature(model.forward).parameters else None
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 class Pairs(nn.Module):
@@ -317,7 +327,9 @@ def extended(mask: Any, place: Place, x: Tensor, past: int, n: int, visible: Ten
     if mask.ndim == 2:
         return torch.cat([visible.to(mask.dtype).expand(len(mask), n), mask], dim=1)
     seen = visible[:, None, None]  # (B or 1, 1, 1, n)
-    if mask.dtype != torch.bool:
+    if not mask.is_floating_point():
+        seen = seen.to(mask.dtype)
+    else:
         seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
     rows = max(len(seen), len(mask))
     seen = seen.expand(rows, *mask.shape[1:3], n)
