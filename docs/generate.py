@@ -256,7 +256,20 @@ def settings_page() -> str:
     for name, spec in schema(RunSettings)["properties"].items():
         default = json.dumps(spec.get("default"))
         lines.append(f"| `{name}` | `{default}` | {spec.get('description', '')} | {', '.join(theirs[name])} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *objective_settings()]) + "\n"
+
+
+def objective_settings() -> list[str]:
+    """What every objective can be told, `objective.KEY`."""
+    from pegbox import objectives
+    from pegbox.core.settings import schema
+
+    lines = ["# Settings of an objective", "", "Written as `objective.KEY`; see [objectives](../guides/objectives.md)."]
+    for name in objectives.NAMES:
+        settings = objectives.get(name).settings
+        if settings is not None:
+            lines += ["", f"## {name}", "", settings_table(schema(settings))]
+    return lines
 
 
 def command_line_page() -> str:

@@ -30,9 +30,37 @@ def surroundings() -> dict[str, Any]:
     ids = torch.randint(60, (3, 8))
     batch = {"input_ids": ids, "labels": ids}
     rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
-    return {"torch": torch, "model": model, "batches": [batch] * 2, "batch": batch, "three_rows": batch, "rows": rows}
+    sides = torch.randint(60, (4, 8))
+    answers = {"input_ids": sides, "labels": sides.masked_fill(torch.arange(8) < 3, -100)}
+    more = {"tokenizer": _letters(), "pairs": _pairs(), "preferences": answers}
+    return more | {
+        "torch": torch,
+        "model": model,
+        "batches": [batch] * 2,
+        "batch": batch,
+        "three_rows": batch,
+        "rows": rows,
+    }
 
 
+def _letters() -> Any:
+    """A tokenizer of single letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {letter: k for k, letter in enumerate(("<pad>", "</s>", "?", *"abcdefghijklmnopqrstuvwxyz "))}
+    inner = Tokenizer(models.WordLevel(known, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="?")
+
+
+def _pairs() -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": f"say {x}", "chosen": " yes", "rejected": " no"} for x in "abcd"])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # between trl and transformers
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,8 @@ VERB = Verb(
     builder="pegbox.train.settings:run_settings",
     needs=("model", "data"),
     groups={
-        "what is tuned, on what, how": "model data method method_settings objective also_train output",
+        "what is tuned, on what, how": "model data method method_settings objective "
+        "objective_settings also_train output",
         "the examples": "valid valid_share columns limit streaming strict template max_length truncation "
         "assistant_only packing",
         "the optimizer": "learning_rate epochs max_steps batch_size gradient_accumulation schedule warmup "
@@ -27,8 +28,10 @@ def run(context: typer.Context) -> None:
     """Tune a model on a file of examples: train model=... data=... method=lora method.rank=16 output=out/
 
     A recipe may come first (train recipe.yaml key=value); later values win.  method.KEY sets the method's own settings
-    (`pegbox methods NAME` lists them), dry_run=true checks everything, shows the plan and stops before training.
+    (`pegbox methods NAME` lists them), objective.KEY those of the objective (objective=dpo objective.beta=0.1),
+    dry_run=true checks everything, shows the plan and stops before training.
     """
+    settings = VERB.read(context)
     from pegbox.train.run import train
 
-    train(VERB.read(context))
+    train(settings)
