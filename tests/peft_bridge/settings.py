@@ -16,6 +16,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
     "prefix_tuning": {"num_virtual_tokens": 3},
     "prompt_tuning": {"num_virtual_tokens": 3},
-    "trainable_tokens": {"token_indices": (3, 5, 8)},
+    "trainable_tokens": {"token_indices": tuple(range(2, 40))},
+    "unilora": {"theta_d_length": 4000},
     "vblora": {"vector_length": 4, "num_vectors": 8},
 }

@@ -111,7 +111,8 @@ def _reshape(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _spoil(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[sorted(tensors)[0]].view(-1)[0] = float("nan")
+    key = next(k for k in sorted(tensors) if tensors[k].is_floating_point())
+    tensors[key].view(-1)[0] = float("nan")
 
 
 def _foreign(folder: Path) -> None:

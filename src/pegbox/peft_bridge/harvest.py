@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pegbox.core.errors import SettingsError, TargetError
+from pegbox.core.site import Site
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, AttributeError, LookupError, RuntimeError, AssertionError)
 ADAPTER = "default"  # PEFT's name of the one adapter that a harvested layer holds
@@ -51,6 +52,7 @@ def harvest(model: nn.Module, config: Any, what: str) -> Bank:
         SettingsError, TargetError: PEFT refuses the configuration or a target; the model is as it was.
     """
     with borrowed(model), quiet():
+        _without_sites(model)
         try:
             tuner = _tuner_class(config)(model, {ADAPTER: config}, ADAPTER)
         except REFUSALS as error:
@@ -63,6 +65,13 @@ def harvest(model: nn.Module, config: Any, what: str) -> Bank:
     for child in tuner.children():
         _widen(child, None)
     return Bank(tuner, config, layers, holds)
+
+
+def _without_sites(model: nn.Module) -> None:
+    """The modules' own forwards: PEFT may copy a module."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), Site):
+            del module.__dict__["forward"]
 
 
 def refusal(error: Exception, what: str) -> SettingsError | TargetError:
@@ -163,8 +172,10 @@ class _Wrapper(nn.Module):
             return getattr(self.base_model, name)
 
 
-def file_names(model: nn.Module, bank: Bank, layers: Mapping[str, nn.Module], own: Mapping[str, Tensor]) -> dict[str, str]:
-    """Key in PEFT's file -> our state key, for every tensor that PEFT saves.
+def file_names(
+    model: nn.Module, bank: Bank, layers: Mapping[str, nn.Module], own: Mapping[str, Tensor]
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Key in PEFT's file -> our state key, for every tensor of the adapter's that PEFT saves; and what else it saves.
 
     Args:
         own: the adapter's tensors by state key, the very ones.
@@ -177,10 +188,16 @@ def file_names(model: nn.Module, bank: Bank, layers: Mapping[str, nn.Module], ow
         theirs = get_peft_model_state_dict(
             wrapper, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False
         )
-    strange = [key for key, value in theirs.items() if id(value) not in ours]
-    if strange:
-        raise SettingsError(f"HF PEFT saves {strange[0]}, which is no tensor of the adapter; its file is not written")
-    return {key: ours[id(value)] for key, value in theirs.items()}
+    more = {key: value.detach().clone() for key, value in theirs.items() if id(value) not in ours}
+    return {key: ours[id(value)] for key, value in theirs.items() if key not in more}, more
+
+
+def put(model: nn.Module, bank: Bank, layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Let PEFT put the tensors of a file, which fit, where they go."""
+    from peft import set_peft_model_state_dict
+
+    with mounted(model, bank, layers) as wrapper:
+        set_peft_model_state_dict(wrapper, dict(tensors), adapter_name=ADAPTER)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from pegbox.core import Base, Graft, Site
 from pegbox.core.layout import is_conv1d
 from pegbox.core.site import widened
 from pegbox.peft_bridge.harvest import ADAPTER, Bank, quiet
+from pegbox.peft_bridge.kinds import Facts
 from pegbox.peft_bridge.stand_in import Beneath, Under, stand_in
 
 
@@ -26,22 +27,23 @@ class LayerGraft(Graft):
     W' = (g(I) - g(0))^T and b' = g(0), with the gradients of its forward.
     """
 
-    def __init__(self, site: Site, layer: nn.Module, bank: Bank, *, merges: bool, of_tasks: bool) -> None:
+    any_layout = True  # PEFT's layers know their modules
+
+    def __init__(self, site: Site, layer: nn.Module, bank: Bank, facts: Facts) -> None:
         super().__init__()
         self.layer = layer
         self.holds = bank.holds
         self.base = (stand_in(site),)  # not this graft's own
         layer.__dict__[bank.holds] = self.base[0]
-        self.of_tasks = of_tasks
+        self.facts = facts
         names = [name for name, _ in site.module.named_parameters(recurse=False)]
-        self.maps = tuple(names) if merges else ()
+        self.maps = tuple(names) if facts.merges else ()
 
     def run(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's layers cast by themselves."""
-        return self(base, *args, **kwargs)
+        return self(base, *args, **kwargs) if self.facts.casts else super().run(base, *args, **kwargs)
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        if self.of_tasks:
+        if self.facts.of_tasks:
             kwargs["task_ids"] = self._tasks(base, args[0])
         with self._above(Under(base)):
             return self.layer(*args, **kwargs)
@@ -126,7 +128,7 @@ class _Linear:
         self.turned, self.weight, self.bias = is_conv1d(site.module), weight, bias
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def kept(self, parameter: str) -> Tensor:
         if parameter == "weight":

@@ -17,7 +17,7 @@ from pegbox.core import Anatomy, Graft, Method, Site, Traits, Tuned, setting
 from pegbox.core.adapter import Adapter, check_fit, path_of
 from pegbox.core.errors import SettingsError, TargetError
 
-from pegbox.peft_bridge.harvest import Bank, file_names, harvest, mounted, quiet, refusal
+from pegbox.peft_bridge.harvest import Bank, file_names, harvest, mounted, put, quiet, refusal
 from pegbox.peft_bridge.kinds import Facts, facts
 from pegbox.peft_bridge.layer_graft import LayerGraft
 from pegbox.peft_bridge.settings import OURS, aliases, as_setting, as_theirs, from_config, offered
@@ -48,13 +48,21 @@ class PeftMethod(Method):
 
     def sites(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
         paths = Method.sites(self._present(anatomy), model, anatomy)
+        if "bias" in self.facts.needs:
+            paths = self._biased(paths, model)
         return _with_tied(paths, model) if self.facts.tied else paths
+
+    def _biased(self, paths: list[str], model: nn.Module) -> list[str]:
+        found = [path for path in paths if model.get_submodule(path)._parameters.get("bias") is not None]
+        if not found:
+            raise TargetError(f"{self.name()} changes biases, and {self.targets!r} names no module that has one")
+        return found
 
     def _present(self, anatomy: Anatomy) -> PeftMethod:
         """With those of the usual targets that this model has."""
         if self.targets != self.facts.targets or isinstance(self.targets, str):
             return self
-        present = tuple(role for role in self.targets if anatomy.role(role))
+        present = tuple(role for role in self.targets if role in anatomy.roles())
         return dataclasses.replace(self, targets=present) if present else self
 
     def shared(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
@@ -69,7 +77,7 @@ class PeftMethod(Method):
         return None if layer is None else self._around(site, layer, shared)
 
     def _around(self, site: Site, layer: nn.Module, bank: Bank) -> LayerGraft:
-        return LayerGraft(site, layer, bank, merges=self.facts.merges, of_tasks=self.facts.of_tasks)
+        return LayerGraft(site, layer, bank, self.facts)
 
     def peft_config(self, model: nn.Module, anatomy: Anatomy) -> Any:
         """PEFT's configuration for these settings on this model.
@@ -105,7 +113,7 @@ class PeftMethod(Method):
 
     def _named(self, name: str, anatomy: Anatomy) -> list[str]:
         names = getattr(self, name)
-        present = tuple(n for n in names if names != self.facts.named[name] or anatomy.role(n))
+        present = tuple(n for n in names if names != self.facts.named[name] or n in anatomy.roles())
         return anatomy.resolve(present, kinds=self.kinds, who=self.name()) if present else []
 
     # -- time ------------------------------------------------------------------------------------------------------
@@ -137,17 +145,19 @@ class PeftMethod(Method):
 
     def to_file(self, model: nn.Module, adapter: Adapter, state: State) -> State:
         """By PEFT's keys; what PEFT does not save can be made again."""
-        names = self._file_names(model, adapter)
-        return {theirs: state[ours].clone() for theirs, ours in names.items()}
+        names, more = self._file_names(model, adapter)
+        return {theirs: state[ours].clone() for theirs, ours in names.items()} | more
 
     def from_file(self, model: nn.Module, adapter: Adapter, tensors: State) -> State:
         state = {key: value.detach() for key, value in adapter.own_state().items()}
-        names = self._file_names(model, adapter)
+        names, more = self._file_names(model, adapter)
         found = {key: value for key, value in tensors.items() if INSIDE not in key}
-        check_fit(found, {theirs: state[ours] for theirs, ours in names.items()}, "the adapter")
+        check_fit(found, {theirs: state[ours] for theirs, ours in names.items()} | more, "the adapter")
+        if more:
+            put(model, _bank(adapter), _layers(adapter), found)
         return state | {ours: found[theirs] for theirs, ours in names.items()}
 
-    def _file_names(self, model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    def _file_names(self, model: nn.Module, adapter: Adapter) -> tuple[dict[str, str], State]:
         return file_names(model, _bank(adapter), _layers(adapter), adapter.own_state())
 
     def file_config(self, adapter: Adapter) -> dict[str, Any]:
@@ -214,6 +224,7 @@ def _traits(known: Facts) -> Traits:
         identity=known.identity,
         merge="exact" if known.merges else "no",
         per_row=known.per_row,
+        packs=known.how != "prompt",
         needs=known.needs,
         xfail=known.xfail,
     )

@@ -22,6 +22,7 @@ from pegbox.core import (
 )
 from pegbox.core.adapter import Adapter, check_fit
 from pegbox.core.context import Context
+from pegbox.core.prefix import Place
 from pegbox.peft_bridge.harvest import quiet
 from pegbox.peft_bridge.method import PeftMethod, State, plain_config
 
@@ -99,9 +100,8 @@ class PromptMethod(PeftMethod):
     def from_file(self, model: nn.Module, adapter: Adapter, tensors: State) -> State:
         want = {key: value.detach() for key, value in adapter.own_state().items()}
         if not self._is_table(want):
-            found = {key: value for key, value in tensors.items() if key != MADE}
-            check_fit(found, want, "the adapter")
-            return found
+            check_fit(tensors, want | {MADE: _table(adapter)}, "the adapter")
+            return {key: tensors[key] for key in want}
         names = {key: key.rpartition(".")[2] if key.endswith(TASKS) else MADE for key in want}
         check_fit(tensors, {names[key]: value for key, value in want.items()}, "the adapter")
         return {key: tensors[name] for key, name in names.items()}
@@ -121,9 +121,8 @@ class EncodedPairs(Pairs):
         super().__init__(found, config.num_virtual_tokens)
         self.encoder, self.config = encoder, config
 
-    def vectors(self, index: int) -> Tensor:
-        width = self.survey.width
-        return self.table()[:, index * width : (index + 1) * width]
+    def of(self, place: Place) -> Tensor:
+        return self.table().unflatten(1, (len(self.survey.places), 2, -1))[:, place.index]
 
     def table(self) -> Tensor:
         """(n, 2 L width)"""
@@ -143,9 +142,9 @@ class PrefixMethod(PromptMethod):
 
     def shared(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         found = self._survey(model, anatomy)
-        heads = key_shape(getattr(model, "config", None))[0]
+        heads, width = key_shape(getattr(model, "config", None))
         config = self.prompt_config(
-            model, token_dim=found.width, num_layers=len(found.places), num_attention_heads=heads
+            model, token_dim=heads * width, num_layers=len(found.places), num_attention_heads=heads
         )
         table = next(m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
         return EncodedPairs(found, self.encoder(config, table), config)
