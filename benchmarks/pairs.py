@@ -192,7 +192,11 @@ def _selections() -> list[Pair]:
     ]
 
 
-S2FT = "S2FT beside Pegbox's own LoRA of rank 16 on all linears, both through the same loss."
+S2FT = (
+    "S2FT beside Pegbox's own LoRA of rank 16 on all linears, both through the same loss. Where a processor multiplies "
+    "bfloat16 slowly, LoRA's kernel widens the products of every linear, S2FT's those of mlp.down alone: the others are "
+    "the base's own."
+)
 LISA = (
     "LISA beside Pegbox's own full tuning, in float32 as both train the base's tensors. Embedding, last norm and head "
     "always train, so autograd runs through every block; the ten that rest make no weight gradients and no updates. Of "

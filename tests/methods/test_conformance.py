@@ -43,7 +43,7 @@ CASES = [
     Case(
         "s2ft",
         {"down": 0.1, "up": 0.1, "out": 0.5, "v": 0.5, "choose": "weight"},
-        families=("llama", "bert", "t5", "vit", "tied", "odd"),
+        families=("llama", "gpt2", "bert", "t5", "vit", "tied", "odd"),
     ),
     Case("scedit"),
     Case("scedit", {"down_ratio": 0.5, "use_layers": (0, 3)}, families=("unet",)),
