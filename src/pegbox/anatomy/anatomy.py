@@ -153,8 +153,8 @@ def of(model: nn.Module) -> Anatomy:
     """
     # Any nn.Module is welcome, so a missing config is an answer, not an error.
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    typed = isinstance(model_type, str)
-    table = tables.by_model_type().get(model_type) if typed else tables.by_class().get(type(model).__name__)
+    by_type, by_class = tables.by_model_type(), tables.by_class()
+    table = by_type.get(model_type) if isinstance(model_type, str) else by_class.get(type(model).__name__)
     found = _with_towers(model, _matched(model, table.roles)) if table else {}
     if table and "block" in found:
         division = divide(model, table.roles, table.splits, found) | _of_towers(model, found)

@@ -188,7 +188,7 @@ def unet() -> nn.Module:
     """A denoiser of 8 x 8 pixels, conditioned on a text: attention and skips at two sizes."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
+    model: Any = UNet2DConditionModel(
         sample_size=8,
         in_channels=3,
         out_channels=3,
@@ -200,13 +200,14 @@ def unet() -> nn.Module:
         cross_attention_dim=12,
         attention_head_dim=4,
     )
+    return _enlarged(model)
 
 
 def dit() -> nn.Module:
     """A denoiser of 8 x 8 pixels in sixteen patches, conditioned on a class."""
     from diffusers import DiTTransformer2DModel
 
-    return DiTTransformer2DModel(
+    model: Any = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=8,
         in_channels=3,
@@ -215,6 +216,15 @@ def dit() -> nn.Module:
         patch_size=2,
         num_embeds_ada_norm=10,
     )
+    return _enlarged(model)
+
+
+def _enlarged(model: nn.Module) -> nn.Module:
+    """Matrices from N(0, 0.1^2), as those of the other families."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 class Mlp(nn.Module):

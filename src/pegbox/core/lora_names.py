@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from pegbox.core import files
 from pegbox.core.adapter import State
 from pegbox.core.errors import AdapterError, did_you_mean
+from pegbox.core.layout import is_conv1d
 from pegbox.core.method import Method
 from pegbox.core.sharded import whole
-from pegbox.core.layout import is_conv1d
 from pegbox.core.tuned import Tuned
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of it

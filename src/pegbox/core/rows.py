@@ -194,6 +194,9 @@ def _join(site: ModuleSite, outputs: list[Any], order: Tensor, sizes: list[int])
             raise CannotMix(f"rows of {site.path or 'the model'} differ in shape: {[tuple(o.shape) for o in outputs]}")
         return torch.cat(outputs)[order.to(first.device)]
     if isinstance(first, Mapping):
+        if any(o.keys() != first.keys() for o in outputs):
+            strange = sorted(set().union(*outputs) - set.intersection(*map(set, outputs)))
+            raise CannotMix(f"rows of {site.path or 'the model'} give different outputs: {strange[0]!r} for some only")
         joined = {k: _join(site, [o[k] for o in outputs], order, sizes) for k in first}
         return type(first)(**joined) if dataclasses.is_dataclass(first) else joined
     if isinstance(first, tuple):

@@ -203,7 +203,7 @@ class ModuleSite(Site):
 
     def linear(self, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """A linear site's output, with other parameters."""
-        weight, bias = self.linear_parameters(values)
+        weight, bias = self._parameters_for(x, values)
         return self._computed(x, lambda x: linear(x, weight, bias))
 
     def low_rank(
@@ -217,11 +217,18 @@ class ModuleSite(Site):
         bias: bool,
     ) -> Tensor:
         """A linear site's output with other parameters and a low-rank update; see `Base.low_rank`."""
-        weight, b = self.linear_parameters(values)
+        weight, b = self._parameters_for(x, values)
         b = b if bias else None
         if dropped is None:
             return self._computed(x, lambda x: low_rank_linear(x, weight, b, down, up, scale))
         return self._computed(x, lambda x: linear(x, weight, b)) + low_rank_product(dropped, down, up, scale)
+
+    def _parameters_for(self, x: Tensor, values: Mapping[str, Tensor]) -> tuple[Matrix, Tensor | None]:
+        """As `linear_parameters`; what takes the place of a quantised weight, in the dtype that it meets."""
+        weight, bias = self.linear_parameters(values)
+        if isinstance(weight, Tensor) and self.quantised is not None:
+            weight = weight.to(storage.compute_dtype(self.module) or x.dtype)
+        return weight, bias
 
     def _computed(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """In the dtype that a quantised module computes in; as it comes elsewhere."""

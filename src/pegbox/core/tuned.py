@@ -19,9 +19,9 @@ from pegbox.core.graft import CopyGraft
 from pegbox.core.method import Anatomy, Method
 from pegbox.core.parts import Assembled, Blocks
 from pegbox.core.reference import Reference
+from pegbox.core.rows import guard_experts
 from pegbox.core.settings import check
 from pegbox.core.sharded import copy_whole
-from pegbox.core.rows import guard_experts
 from pegbox.core.site import Base, ModuleSite, Site
 from pegbox.core.watch import bypasses_refused
 
