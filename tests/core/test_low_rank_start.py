@@ -111,7 +111,7 @@ def test_first_steps_are_pefts(start: str, rslora: bool, method: str) -> None:
     config = LoraConfig(
         r=4,
         lora_alpha=6,
-        init_lora_weights=start,
+        init_lora_weights=start,  # type: ignore[arg-type]
         use_rslora=rslora,
         use_dora=method == "dora",
         target_modules=["q_proj", "v_proj", "down_proj"],

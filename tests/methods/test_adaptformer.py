@@ -19,7 +19,7 @@ from .tiny import family
 def test_the_equation_beside_a_whole_mlp() -> None:
     """y = MLP(x) + 0.1 (U ReLU(D x + d) + u)."""
     tuned = shake(pegbox.tune(family("vit"), "adaptformer", bottleneck=4)).eval()
-    site = next(iter(tuned.sites.values()))
+    site: Any = next(iter(tuned.sites.values()))
     p = dict(site.chain[0].named_parameters())
     x = torch.randn(2, 5, 32)
     branch = F.linear(F.relu(F.linear(x, p["down"], p["down_bias"])), p["up"], p["up_bias"])
@@ -43,7 +43,7 @@ def test_defaults_of_the_paper() -> None:
 def test_dropout_is_inside_the_bottleneck() -> None:
     """After the activation, as in the authors' code: with all dropped, the second bias is left."""
     tuned = shake(pegbox.tune(family("vit"), "adaptformer", bottleneck=4, dropout=0.999999)).train()
-    site = next(iter(tuned.sites.values()))
+    site: Any = next(iter(tuned.sites.values()))
     p = dict(site.chain[0].named_parameters())
     x = torch.randn(2, 5, 32)
     assert torch.allclose(site.module(x), site.original(x) + 0.1 * p["up_bias"], atol=1e-6)
@@ -53,6 +53,8 @@ def test_an_mlp_that_is_no_module() -> None:
     """BERT's: the branch reads what the first projection reads, and adds to what the last one gives."""
     tuned = shake(pegbox.tune(family("bert"), "adaptformer", bottleneck=4)).eval()
     seen: dict[str, torch.Tensor] = {}
+    first: Any
+    last: Any
     first, last = (
         tuned.sites["bert.encoder.layer.0.intermediate.dense"],
         tuned.sites["bert.encoder.layer.0.output.dense"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,11 @@ from pegbox.checks.lab import bits, require_same_bits, shake
 from pegbox.checks.models import text, translation
 from pegbox.core.errors import SettingsError
 from pegbox.core.files import read
-from pegbox.methods.compacter import Compacter, CompacterGraft, PHMLinear
+from pegbox.methods.compacter import Compacter, CompacterGraft, PHMLinear, Rule
 
 from .tiny import family
 
-SMALL = {"division": 2, "reduction": 4}
+SMALL: dict[str, Any] = {"division": 2, "reduction": 4}
 
 
 def phm(in_: int, out: int, **settings: object) -> tuple[PHMLinear, torch.Tensor]:
@@ -52,6 +54,7 @@ def test_the_adapter_is_written_out() -> None:
     tuned = shake(
         pegbox.tune(family("llama"), "compacter", targets="model.layers.0.mlp.down_proj", norms=False, **SMALL)
     )
+    site: Any
     (site,), c = tuned.sites.values(), tuned.trainable()["shared.c"]
     (graft,) = site.chain
     assert isinstance(graft, CompacterGraft)
@@ -82,7 +85,7 @@ def test_c_is_one_tensor() -> None:
     whole = torch.zeros_like(c)
     for graft in tuned.adapter().grafts.values():
         if isinstance(graft, CompacterGraft):  # one use after another, on a C of its own
-            own = type(graft.owner[0])(2, 1.0)  # type: ignore[union-attr]
+            own = Rule(2, 1.0)
             own.c.data.copy_(c)
             kept, graft.owner = graft.owner, (own,)
             tuned(**translation(0)).loss.backward()
@@ -100,7 +103,7 @@ def _gradient(tuned: pegbox.Tuned, c: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("settings", "adapters"), [({}, 4), ({"preset": "compacter++"}, 2)])
-def test_parameters_of_the_card(settings: dict[str, str], adapters: int) -> None:
+def test_parameters_of_the_card(settings: dict[str, Any], adapters: int) -> None:
     """adapters * 3 (d + m) + n^3 + the norms: five of width 32 in this Llama."""
     tuned = pegbox.tune(family("llama"), "compacter", **settings, **SMALL)
     assert tuned.count()[0] == adapters * 3 * (32 + 8) + 2**3 + 5 * 32
@@ -121,7 +124,7 @@ def test_a_phm_adapter() -> None:
         ({"division": 1, "reduction": 64}, r"compacter\.reduction must be 1\.\.32 at .*, got 64"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(settings: dict[str, int], message: str) -> None:
+def test_sizes_that_do_not_divide_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         pegbox.tune(family("llama"), "compacter", **settings)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import pegbox
 from pegbox.checks.lab import shake
-from pegbox.checks.models import classified_text, text
+from pegbox.checks.models import classified_text, text, translation
 from pegbox.methods.ia3 import IA3
 
 from .tiny import family, on_linear
@@ -22,9 +22,9 @@ def test_the_equation(inputs: bool) -> None:
     """y = l * (W x + b), or W (l * x) + b; merged, weight and bias carry it."""
     method = IA3(targets=(), inputs=".*") if inputs else IA3(targets=".*", inputs=())
     tuned, graft, w = on_linear(method, 12, 10, bias=True)
-    l, b, x = graft.l, tuned.model[0].bias.detach().clone(), torch.randn(4, 10)  # type: ignore[union-attr, index, operator]
-    assert isinstance(l, torch.Tensor)
-    want = F.linear(l * x, w, b) if inputs else l * F.linear(x, w, b)
+    model: Any = tuned.model
+    (scale,), b, x = graft.parameters(), model[0].bias.detach().clone(), torch.randn(4, 10)
+    want = F.linear(scale * x, w, b) if inputs else scale * F.linear(x, w, b)
     assert torch.allclose(tuned(x), want, atol=1e-6)
     assert torch.allclose(tuned.merge()(x), want, atol=1e-6)
 
@@ -79,9 +79,7 @@ def test_pefts_own_choice_of_targets_loads(tmp_path: Path, name: str) -> None:
                 p.add_(0.1 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path)
     ours = pegbox.load(family(name), tmp_path)
-    batch = {"llama": text, "bert": classified_text}.get(name)
-    if batch is None:
-        from pegbox.checks.models import translation as batch
+    batch = {"llama": text, "bert": classified_text, "t5": translation}[name]
     assert torch.allclose(ours(**batch(0)).logits, theirs(**batch(0)).logits, atol=1e-5)
 
 

@@ -29,8 +29,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 
-Activation = Literal["tanh", "relu", "gelu", "gelu_new", "silu"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckMethod(Method):

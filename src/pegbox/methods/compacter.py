@@ -6,7 +6,8 @@
 
 One C (n, n, n), drawn with a deviation of 1e-4, serves every H of the model; L and R, rank k = 1, are each layer's
 own.  After attention and after the MLP; Compacter++ after the MLP alone.  The layer norms of the base train too, as
-differences from its own.  A PHM adapter has a full (in / n, out / n) in the place of L_j R_j, and a C of its own in every H.
+differences from its own.  A PHM adapter has a full (in / n, out / n) in the place of L_j R_j, and in every H a C of its
+own.
 
 n divides d and m.  The paper writes x H with H (in, out), as here.  The authors' code has no adapter after
 cross-attention.
@@ -16,13 +17,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pegbox.core import Anatomy, Base, Graft, Method, Preset, Site, Traits, by_settings, setting
-from pegbox.core.bottleneck import ACTIVATIONS, Activation
+from pegbox.core.bottleneck import ACTIVATIONS
 from pegbox.core.errors import SettingsError, TargetError
 from pegbox.core.layout import is_linear
 
@@ -106,7 +107,7 @@ class Compacter(Method):
     division: int = setting(4, "n: terms of a sum, and the side of each C_j", at_least=1)
     reduction: int = setting(32, "the bottleneck is 1 / reduction of the width", at_least=1)
     rank: int = setting(1, "rank of L_j R_j", at_least=1)
-    activation: Activation = setting("gelu_new", "between the two maps")
+    activation: Literal["tanh", "relu", "gelu", "gelu_new", "silu"] = setting("gelu_new", "between the two maps")
     factorized: bool = setting(True, "L_j R_j; otherwise a full matrix, as in PHM adapters")
     share: bool = setting(True, "one C for the whole model; otherwise one for every H")
     deviation: float = setting(1e-4, "of the draw of C", above=0)

@@ -14,12 +14,12 @@ floats only, so that a scale given as a whole number is lost.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from pegbox.core import Base, Preset, Site, Traits, setting
-from pegbox.core.bottleneck import ACTIVATIONS, Activation, BottleneckGraft, BottleneckMethod, drawn_or_not
+from pegbox.core.bottleneck import ACTIVATIONS, BottleneckGraft, BottleneckMethod, drawn_or_not
 from pegbox.core.two_sides import TwoSided
 
 
@@ -52,7 +52,7 @@ class Series(TwoSided, BottleneckMethod):
         ("attn.out", "mlp.down"), "projections whose outputs pass a bottleneck; () for none"
     )
     inputs: str | tuple[str, ...] = setting((), "projections whose inputs pass one, written the same way")
-    activation: Activation = setting("tanh", "between the two projections")
+    activation: Literal["tanh", "relu", "gelu", "gelu_new", "silu"] = setting("tanh", "between the two projections")
 
     traits: ClassVar[Traits] = drawn_or_not(Traits(seams=("output",), card="llm-adapters", merge="no"))
     presets: ClassVar[dict[str, Preset]] = {
