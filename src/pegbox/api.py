@@ -57,12 +57,17 @@ def method(name: str, **settings: Any) -> Method:
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str], *, name: str = "default") -> Tuned:
-    """Put a saved adapter, Pegbox's or HF PEFT's, on its base; on a tuned model, beside those it has.
+    """Put a saved adapter on its base; on a tuned model, beside those it has.
+
+    Args:
+        model: the base, as it was when the adapter was trained.
+        directory: a folder of Pegbox's or HF PEFT's, or a LoRA file of diffusers' or kohya's.
+        name: of the adapter from now on.
 
     Raises:
         AdapterError: a damaged file, another base, or a tensor that has no place or the wrong shape.
     """
-    file = files.read(directory, methods.catalogue().values())
+    file = methods.read(directory, model.model if isinstance(model, Tuned) else model)
     tuned = model if isinstance(model, Tuned) else Tuned(model, anatomy.of(model))
     files.put(file, tuned, methods.get(file.method), name)
     return tuned.eval()

@@ -62,7 +62,7 @@ def test_tensors_come_in_the_dtype_of_the_computation() -> None:
 
 def test_a_name_that_nobody_reads_is_refused() -> None:
     tuned, _, _ = tuned_and_base()
-    with pytest.raises(MethodError, match="'bonos'.*did you mean 'bonus'"), tuned.given(bonos=1.0):
+    with pytest.raises(MethodError, match=r"'bonos'.*did you mean 'bonus'"), tuned.given(bonos=1.0):
         pass
 
 

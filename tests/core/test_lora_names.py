@@ -84,7 +84,8 @@ def test_we_load_theirs(tmp_path: Path, config: dict[str, Any]) -> None:
     quietly(model.save_lora_adapter, str(tmp_path))
     tuned = pegbox.load(unet(), tmp_path)
     assert torch.allclose(output(tuned), output(model), atol=1e-5)
-    assert tuned.method.rank == 4 and tuned.method.alpha == pytest.approx(6.0)  # type: ignore[attr-defined]
+    assert tuned.method.rank == 4
+    assert tuned.method.alpha == pytest.approx(6.0)
 
 
 def test_gradients_are_theirs(tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ ORIGINAL = {  # of the tiny U-Net: two sizes, a layer a block, attention in the 
     "middle_block_2_emb_layers_1": "mid_block.resnets.1.time_emb_proj",
     "output_blocks_1_0_emb_layers_1": "up_blocks.0.resnets.1.time_emb_proj",
     "output_blocks_2_1_transformer_blocks_0_ff_net_2": "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2",
-    "output_blocks_3_1_transformer_blocks_0_attn1_to_out_0": "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_out.0",
+    "output_blocks_3_1_transformer_blocks_0_attn1_to_v": "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_v",
     "time_embed_0": "time_embedding.linear_1",
     "time_embed_2": "time_embedding.linear_2",
 }

@@ -133,8 +133,10 @@ def test_blocks_are_read_without_autograd(name: str) -> None:
     for side in sides.values():
         (tape,) = side.tapes
         assert all(torch.equal(t, outputs[b]) for t, b in zip(tape.outputs, side.trunk.blocks, strict=True))
-        assert tape.start is not None and tape.start.shape == tape.outputs[0].shape
-        assert side.weights.grad is not None and side.weights.grad.all()
+        assert tape.start is not None
+        assert tape.start.shape == tape.outputs[0].shape
+        assert side.weights.grad is not None
+        assert side.weights.grad.all()
 
 
 @pytest.mark.parametrize("name", TRUNKS)
@@ -167,13 +169,15 @@ def test_the_tape_is_put_away(name: str) -> None:
     tuned, sides = tuned_on(name)
     tuned(**inputs(FAMILIES[name].batch(0)))
     (taps,) = {id(side.owner[0]): side.owner[0] for side in sides.values()}.values()
-    assert taps.tape is None and taps.encoded is None
+    assert taps.tape is None
+    assert taps.encoded is None
 
 
 def test_the_decoder_alone_can_be_read() -> None:
     tuned, sides = tuned_on("t5", targets="decoder.block")
     FAMILIES["t5"].loss(tuned).backward()
-    assert set(sides) == {"decoder"} and sides["decoder"].tapes[0].encoded is None
+    assert set(sides) == {"decoder"}
+    assert sides["decoder"].tapes[0].encoded is None
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": False}, {"num_return_sequences": 2, "num_beams": 2}])
@@ -202,15 +206,13 @@ def test_outputs_of_an_encoder_without_the_adapter_are_refused() -> None:
 def test_what_has_no_trunk_is_refused() -> None:
     with pytest.raises(TargetError, match="no member of a list"):
         holder("mid_block")
-    with pytest.raises(TargetError, match="2 stacks of blocks end"):
-        model = nn.ModuleDict({"a": _tower(), "b": _tower()})
-        trunks(model, anatomy.of(model), ["a.blocks.0", "b.blocks.0"])
-    with pytest.raises(TargetError, match="1: name the blocks"):
-        model = build("t5")
-        trunks(model, anatomy.of(model), ["encoder.block.0"])
-    with pytest.raises(TargetError, match="holds its head"):
-        model = _tower(head=True)
-        trunks(model, anatomy.of(model), ["blocks.0"])
+    for model, read, message in (
+        (nn.ModuleDict({"a": _tower(), "b": _tower()}), ["a.blocks.0", "b.blocks.0"], "2 stacks of blocks end"),
+        (build("t5"), ["encoder.block.0"], "1: name the blocks"),
+        (_tower(head=True), ["blocks.0"], "holds its head"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            trunks(model, anatomy.of(model), read)
 
 
 def _tower(head: bool = False) -> nn.Module:

@@ -115,7 +115,10 @@ def test_the_equation() -> None:
     tuned, base = tuned_with(**BOTH), family("unet")
     with seen_by(base) as plain:
         output(base)
-    with seen_by(tuned.model) as edited, tuned.given(hint=hint(), tuner_scale=0.5, control_scale=0.8, hint_scales={"edges": 2.0}):
+    with (
+        seen_by(tuned.model) as edited,
+        tuned.given(hint=hint(), tuner_scale=0.5, control_scale=0.8, hint_scales={"edges": 2.0}),
+    ):
         output(tuned)
         graft = tuned.sites["up_blocks.0"].chain[0]
         encoder = tuned.sites[""].chain[0].encoders["edges"]
@@ -126,7 +129,9 @@ def test_the_equation() -> None:
     c = features[-1]
     want = x + 0.5 * graft.edits["tuner/0"](x) + 1.6 * (c + graft.edits["hint_edges/0"](x + c))
     assert torch.allclose(edited[first][:, -channels:], want, atol=1e-5)
-    assert torch.equal(edited[first][:, :-channels], plain[first][:, :-channels]), "the part that is no skip is left alone"
+    assert torch.equal(edited[first][:, :-channels], plain[first][:, :-channels]), (
+        "the part that is no skip is left alone"
+    )
 
 
 def test_two_conditions_of_which_one_has_no_weight_are_the_other() -> None:
@@ -161,7 +166,9 @@ def test_parameters(build: Any, ratio: float) -> None:
     assert tuned.count()[0] == sum(2 * int(ratio * c) * c + c + int(ratio * c) for c in widths)
 
 
-@pytest.mark.parametrize("settings", [BOTH, TWO, BOTH | {"use_layers": (0, 2)}, BOTH | {"tuner": False, "hint_halvings": 3}])
+@pytest.mark.parametrize(
+    "settings", [BOTH, TWO, BOTH | {"use_layers": (0, 2)}, BOTH | {"tuner": False, "hint_halvings": 3}]
+)
 def test_parameters_with_hints(settings: dict[str, Any]) -> None:
     tuned = pegbox.tune(unconditional(), "scedit", **settings)
     method: Any = tuned.method
@@ -216,7 +223,8 @@ def test_one_layer_is_one_skip(place: int) -> None:
         output(tuned)
     order = sorted(plain)
     differs = [not torch.equal(plain[path], changed[path]) for path in order]
-    assert differs.index(True) == place and all(differs[place:])
+    assert differs.index(True) == place
+    assert all(differs[place:])
     channels = _all(tuned)[place].channels
     assert torch.equal(plain[order[place]][:, :-channels], changed[order[place]][:, :-channels])
     assert not torch.equal(plain[order[place]][:, -channels:], changed[order[place]][:, -channels:])
@@ -243,7 +251,11 @@ def test_targets_choose_up_blocks() -> None:
 @pytest.mark.parametrize("build", [unconditional, lambda: family("unet")])
 def test_everything_trains_and_nothing_of_the_base(build: Any, settings: dict[str, Any]) -> None:
     tuned = tuned_with(build(), **settings)
-    given = batch() if "encoder_hidden_states" in _accepted(tuned.model) else {k: batch()[k] for k in ("sample", "timestep")}
+    given = (
+        batch()
+        if "encoder_hidden_states" in _accepted(tuned.model)
+        else {k: batch()[k] for k in ("sample", "timestep")}
+    )
     hints = {name: hint(i) for i, name in enumerate(settings.get("hints", ()))}
     with tuned.given(hint=hints):
         tuned(**given).sample.square().mean().backward()
@@ -279,7 +291,8 @@ def test_nothing_of_the_encoder_is_kept() -> None:
         if path.startswith(("down_blocks", "mid_block", "conv_in", "time_embedding")) and not list(module.children()):
             module.register_forward_hook(lambda m, a, out: graphs.append(out.grad_fn))
     kept = _kept(tuned, batch())
-    assert graphs and all(graph is None for graph in graphs)
+    assert graphs
+    assert all(graph is None for graph in graphs)
     lora = pegbox.tune(family("unet"), LoRA(rank=4, targets=("attn", "cross"))).train()
     size = lambda tensors: sum(t.untyped_storage().nbytes() for t in tensors.values())  # noqa: E731
     assert size(kept) < size(_kept(lora, batch()))
@@ -320,7 +333,8 @@ def test_a_file_holds_the_tuners_and_gives_the_same_image(tmp_path: Path, settin
     tuned = tuned_with(**settings)
     tuned.save(tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()
-    assert keys == tuned.state().keys() and not any(k.startswith("base.") for k in keys)
+    assert keys == tuned.state().keys()
+    assert not any(k.startswith("base.") for k in keys)
     loaded = pegbox.load(family("unet"), tmp_path)
     hints = {name: hint(i) for i, name in enumerate(settings.get("hints", ()))}
     assert torch.equal(denoised(loaded, hints), denoised(tuned, hints))
@@ -370,7 +384,7 @@ def test_mistakes() -> None:
         output(tuned)
     with pytest.raises(ModelError, match=r"of 1 row or 4, got shape \(3, 3, 8, 8\)"), tuned.given(hint=hint(rows=3)):
         output(tuned)
-    with pytest.raises(MethodError, match="'hints'.*did you mean 'hint'"), tuned.given(hints=hint()):
+    with pytest.raises(MethodError, match=r"'hints'.*did you mean 'hint'"), tuned.given(hints=hint()):
         pass
     two = tuned_with(**TWO)
     with pytest.raises(ModelError, match="Tensor in its place"), two.given(hint=hint()):

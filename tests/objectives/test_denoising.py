@@ -114,9 +114,12 @@ def test_conditions_go_to_the_model_and_draws_follow_their_seed() -> None:
     for seed in (0, 0, 1):
         denoising(model, batch, generator=torch.Generator().manual_seed(seed))
     (x, t, conditions), (again, _, _), (other, _, _) = model.calls
-    assert torch.equal(conditions["class_labels"], torch.arange(4)) and conditions.keys() == {"class_labels"}
-    assert torch.equal(x, again) and not torch.equal(x, other)
-    assert t.shape == (4,) and int(t.max()) < 1000
+    assert torch.equal(conditions["class_labels"], torch.arange(4))
+    assert conditions.keys() == {"class_labels"}
+    assert torch.equal(x, again)
+    assert not torch.equal(x, other)
+    assert t.shape == (4,)
+    assert int(t.max()) < 1000
 
 
 def test_a_real_denoiser_learns() -> None:
@@ -135,7 +138,8 @@ def test_a_real_denoiser_learns() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     measured = objective.measure(objective.predict(tuned, batch))
-    assert measured == objective.measure(objective.predict(tuned, batch)) and measured["mse"] > 0
+    assert measured == objective.measure(objective.predict(tuned, batch))
+    assert measured["mse"] > 0
 
 
 def test_mistakes() -> None:

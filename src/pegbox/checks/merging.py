@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,4 +94,6 @@ def merging_a_tied_head_leaves_the_embedding(lab: Lab) -> None:
 
 def _config(model: nn.Module) -> object:
     config: Any = getattr(model, "config", None)
-    return copy.deepcopy(config.to_dict()) if config is not None else None
+    if config is None or isinstance(config, Mapping):  # diffusers' is one
+        return copy.deepcopy(config)
+    return copy.deepcopy(config.to_dict())

@@ -7,6 +7,7 @@ graft around an up block edits that argument.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,15 +98,13 @@ def _skips(model: nn.Module, anatomy: Anatomy) -> list[Skip]:
 
 def _channels(block: nn.Module) -> list[int]:
     """C of the skips that an up block takes, in order: what its layers read beyond what the one before gives."""
-    layers: Sequence[nn.Module] = list(block.resnets)  # type: ignore[arg-type]
+    layers: list[Any] = list(block.resnets)  # type: ignore[arg-type]
     if len(layers) < 2:
         raise ModelError(
             f"{type(block).__name__} has {len(layers)} layers, expected 2 or more, as in diffusers' U-Nets"
         )
-    later = [
-        int(layer.in_channels) - int(before.out_channels) for before, layer in zip(layers, layers[1:], strict=False)
-    ]  # type: ignore[arg-type]
-    return [int(layers[0].out_channels), *later]  # type: ignore[arg-type]
+    later = [layer.in_channels - before.out_channels for before, layer in itertools.pairwise(layers)]
+    return [layers[0].out_channels, *later]
 
 
 def _levels(blocks: Sequence[nn.Module]) -> list[int]:

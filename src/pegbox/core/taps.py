@@ -178,7 +178,7 @@ class TapGraft(Graft):
     def __init__(self, taps: Taps, site: Site) -> None:
         super().__init__()
         self.owner, self.is_read = (taps,), site.path in taps.read  # shared, so not registered here
-        self.names = tuple(inspect.signature(site.original).parameters)
+        self.names = tuple(inspect.signature(site.module.forward).parameters)
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -208,7 +208,7 @@ class SideGraft(Graft):
 
     @abstractmethod
     def up(self, states: Tensor) -> Tensor:
-        """What they add to the trunk's output: (B, T, n) -> (B, T, d).  Not called for an encoder that has a decoder."""
+        """What they add to the trunk's output, (B, T, n) -> (B, T, d); not called for an encoder with a decoder."""
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         taps = self.owner[0]

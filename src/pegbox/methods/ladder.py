@@ -1,8 +1,8 @@
 """LST: Ladder Side-Tuning (Sung et al., 2022), arXiv:2206.06522.
 
-    s_0 = D_0 h_0                                             h_0: the trunk's input, h_l: what its block l gives, d wide
-    s_l = block_l(m_l s_{l-1} + (1 - m_l) D_l h_l)            D: (n, d), n = d / r        m_l = sigmoid(g_l / 0.1)
-    z' = z + U norm(s_L)                                      U: (d, n)                   z: the trunk's output
+    s_0 = D_0 h_0                                      h_0: the trunk's input, h_l: what its block l gives, d wide
+    s_l = block_l(m_l s_{l-1} + (1 - m_l) D_l h_l)     D: (n, d), n = d / r        m_l = sigmoid(g_l / 0.1)
+    z' = z + U norm(s_L)                               U: (d, n)                   z: the trunk's output
 
 The trunk runs without autograd.  A block is a transformer block of width n: self-attention, cross-attention to the
 side of the encoder in a decoder, and an MLP.
@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pegbox.core import Anatomy, Graft, Method, SideGraft, Site, Tape, Taps, Traits, Trunk, setting, tap_graft, tap_sites
+from pegbox.core import Anatomy, Graft, Method, Site, Traits, setting
 from pegbox.core.errors import SettingsError
 from pegbox.core.method import split_names
-from pegbox.core.taps import holder
+from pegbox.core.taps import SideGraft, Tape, Taps, Trunk, holder, tap_graft, tap_sites
 
 MLP = 4  # the inner width of a side block's MLP in units of n, as in T5 and BERT
 

@@ -1,4 +1,4 @@
-"""SCEdit: Efficient and Controllable Image Diffusion via Skip Connection Editing (Jiang et al., 2023), arXiv:2312.11392.
+"""SCEdit: Controllable Image Diffusion via Skip Connection Editing (Jiang et al., CVPR 2024), arXiv:2312.11392.
 
     x_j: what the encoder of a U-Net hands over to its decoder, (B, C, H, W)
     T(x) = W2 gelu(W1 x + b1) + b2, at every pixel             W1: (rho C, C)   W2: (C, rho C), W2 = b2 = 0 at the start
@@ -6,10 +6,7 @@
 
 The first term is the SC-Tuner.  The second, the CSC-Tuner, is there for every name m in `hints`: its hint image goes
 through a stack of convolutions, and then through one more for each skip, zero at the start, each fed by the one before.
-A forward finds hints and scales in the context:
-
-    with tuned.given(hint={"canny": edges}, control_scale=0.8):
-        tuned(latents, timesteps, encoder_hidden_states=text)
+A forward finds hints and scales in the context: `with tuned.given(hint={"canny": edges}, control_scale=0.8)`.
 
 Nothing in the U-Net's encoder needs autograd, and nothing of it is kept.  The authors' code tells whether the first
 term is there by looking whether it is almost zero, at every step, and honours tau only below 1.  Their `use_layers`
@@ -134,7 +131,8 @@ class SCEdit(Method):
     def scales(self, context: Context) -> dict[str, float]:
         """kappa s_m by the name of a hint, where it is not zero."""
         kappa, scales = context.read("control_scale", self.control_scale), context.read("hint_scales", {})
-        return {name: scale for name in self.hints if (scale := kappa * scales.get(name, 1.0))}
+        weights = {name: kappa * scales.get(name, 1.0) for name in self.hints}
+        return {name: weight for name, weight in weights.items() if weight}
 
     def size(self, site: Site) -> int:
         anatomy = site.context.anatomy
