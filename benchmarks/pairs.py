@@ -194,7 +194,7 @@ def _selections() -> list[Pair]:
 
 S2FT = (
     "S2FT beside Pegbox's own LoRA of rank 16 on all linears, both through the same loss. Where a processor multiplies "
-    "bfloat16 slowly, LoRA's kernel widens the products of every linear, S2FT's those of mlp.down alone: the others are "
+    "bfloat16 slowly, LoRA's kernel widens the products of every linear, S2FT's those of mlp.down: the others are "
     "the base's own."
 )
 LISA = (
