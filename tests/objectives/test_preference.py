@@ -87,6 +87,43 @@ def test_the_reference_is_the_disabled_adapter(llama: nn.Module, name: str) -> N
     assert all(p.grad is None for p in base.parameters())
 
 
+@pytest.mark.parametrize("name", PAIRED)
+def test_no_logits_are_made(llama: nn.Module, name: str) -> None:
+    """Neither of the model nor of its reference: nothing of the vocabulary's width leaves it."""
+    made, objective = tuned(llama, rank=4), objectives.get(name).given({})
+    objective(made, padded(answers()))  # proves the head
+    widths = []
+    llama.register_forward_hook(lambda _, args, output: widths.append(output.logits.shape[-1]))
+    total(objective(made, padded(answers()))).backward()
+    assert widths == [1] * (2 if objective.refers else 1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the name that older transformers know
+def test_gradient_checkpointing_does_not_reach_the_reference(llama: LlamaForCausalLM) -> None:
+    made, objective = tuned(llama, rank=4), objectives.get("dpo").given({})
+    plain = total(objective(made, padded(answers())))
+    expected = plain, gradients(plain, made)
+    llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = total(objective(made.train(), padded(answers())))
+    assert_same((again, gradients(again, made)), expected)
+
+
+def test_the_reference_drops_nothing_out(llama: LlamaForCausalLM) -> None:
+    made, objective = tuned(llama, rank=4, dropout=0.5), objectives.get("dpo").given({})
+    llama.config.attention_dropout = 0.5
+    for layer in llama.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    from pegbox.objectives.answers import reference_log_probs
+
+    batch = padded(answers())
+    first, second = (reference_log_probs(made.train(), batch, None, "dpo") for _ in range(2))
+    assert torch.equal(first, second)
+    assert made.training
+    assert llama.model.layers[0].training
+    one, other = (total(objective(made, batch)).item() for _ in range(2))
+    assert one != other
+
+
 def test_an_untrained_adapter_prefers_nothing(llama: nn.Module) -> None:
     made = pegbox.tune(llama, "lora", rank=4)
     objective = objectives.get("dpo").given({})

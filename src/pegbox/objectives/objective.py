@@ -47,8 +47,8 @@ class Objective:
     name: str
     loss: Callable[..., Losses]
     count: Callable[..., Tensor]
-    predict: Callable[[nn.Module, Batch], Predictions]
-    measure: Callable[[Predictions], dict[str, float]]
+    predict: Callable[..., Predictions]
+    measure: Callable[..., dict[str, float]]
     best: str
     higher_is_better: bool
     settings: type[Settings] | None = None

@@ -142,8 +142,8 @@ def rouge_l(ours: Sequence[int], theirs: Sequence[int]) -> float:
 def measure(predictions: Predictions, *, settings: Seq2Seq = DEFAULTS) -> dict[str, float]:
     """`nll` a token and `perplexity`; `exact_match` and `rouge_l` of rows, where the evaluation generated."""
     nll = metrics.nll(predictions["nll"], predictions["tokens"])
-    written = {k: float(predictions[k].double().mean()) for k in ("exact_match", "rouge_l") if k in predictions}
-    return {"nll": nll, "perplexity": metrics.perplexity(nll), **written}
+    found = {"nll": nll, "perplexity": metrics.perplexity(nll)}
+    return found | {k: float(predictions[k].double().mean()) for k in ("exact_match", "rouge_l") if k in predictions}
 
 
 OBJECTIVE = Objective("seq2seq", seq2seq, count, predict, measure, best="nll", higher_is_better=False, settings=Seq2Seq)
