@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pegbox
 from pegbox import Sum
 from pegbox.checks import kinds
-from pegbox.checks.lab import require_same_bits, shake
+from pegbox.checks.lab import bits, require_same_bits, shake
 from pegbox.core import storage
 from pegbox.core.errors import AdapterError, TargetError
 from pegbox.core.fingerprint import fingerprint
@@ -69,17 +69,6 @@ def built(kind: str) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = change(Block()).eval()
     return model
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's state, tensor subclasses as the plain tensors that they hold."""
-    found: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
-        parts = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
-        found |= {f"{key}.{part}": getattr(value, part).clone() for part in parts}
-        if not parts:
-            found[key] = value.detach().clone()
-    return found
 
 
 X = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from pegbox.anatomy.roles import is_role
 from pegbox.anatomy.scope import APART, Scope, stem_of
+from pegbox.core.parts import parameter_paths
 
 MOST = 8  # names listed in one message
 
@@ -17,6 +18,9 @@ def nothing(scope: Scope, item: str) -> str:
     """No module has this name: the nearest names, each with how many modules carry it."""
     if rows := scope.anatomy.division.of_role(item):
         return f"{item!r} is only some rows of a matrix here, {_only_weights(scope, rows)}"
+    parameters = [path for path in parameter_paths(scope.modules) if path == item or path.endswith(f".{item}")]
+    if parameters and not scope.parts:
+        return f"{item!r} names parameters of other modules here, {_only_weights(scope, parameters)}"
     if is_role(item):
         return f"{item!r} is a role that this model lacks; it has: {', '.join(scope.anatomy.roles())}"
     return f"{item!r} match 0 of {len(scope.fitting)} {scope.noun()}; {_closest(scope, item)}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pegbox import anatomy
 from pegbox.checks.check import require
@@ -138,8 +139,14 @@ def shake(tuned: Tuned, seed: int = 1, size: float = 0.1) -> Tuned:
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's state."""
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+    """A copy of a model's state; a quantised tensor as the plain ones that it holds."""
+    return {k: v.detach().clone() for key, value in model.state_dict().items() for k, v in _plain(key, value)}
+
+
+def _plain(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
+    if not is_traceable_wrapper_subclass(value):
+        return [(key, value)]
+    return [(f"{key}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0]]
 
 
 def require_same_bits(have: dict[str, Tensor], want: dict[str, Tensor], what: str) -> None:
@@ -198,7 +205,8 @@ def require_untouched(model: nn.Module, want: dict[str, Tensor], what: str, stil
     patched = [path for path, m in model.named_modules() if "forward" in m.__dict__]
     require(not patched, f"{what}: a forward is left on {patched[:1]}")
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.is_floating_point()]
-    require(frozen == list(still), f"{what}: {frozen[:3]} do not ask for gradients")
+    still = [name for name in still if model.get_parameter(name).is_floating_point()]
+    require(frozen == still, f"{what}: {frozen[:3]} do not ask for gradients")
 
 
 def every(pairs: dict[str, Tensor], other: dict[str, Tensor], compare: Callable[..., None], what: str) -> None:

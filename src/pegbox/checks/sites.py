@@ -22,7 +22,7 @@ from pegbox.core.method import Method
 from pegbox.core.settings import build
 from pegbox.core.tuned import Tuned
 
-WIDTH = 8
+WIDTH = 16
 ON_SITES = {"weight", "output", "selection"}  # the seams that act on a site; the others do on a whole model
 
 
@@ -119,11 +119,13 @@ def _transposed() -> nn.Module:
     return Only(Conv1D(WIDTH, WIDTH))
 
 
-def _torchao(bits_: int) -> nn.Module:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+def _torchao(word: str) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
 
     model = Only(nn.Linear(64, 64))
-    quantize_(model, Int8WeightOnlyConfig() if bits_ == 8 else Int4WeightOnlyConfig(group_size=32))
+    four = IntxWeightOnlyConfig(torch.int4, PerGroup(32))
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False) if word == "int8" else four)
     return model
 
 
@@ -137,7 +139,8 @@ PLACES = (
     Place("MultiheadAttention", Attention, _features, "in_proj_weight"),
     Place("Linear, nf4", lambda: kinds.nf4(Only(nn.Linear(64, 64))), _wide, "site", "bitsandbytes"),
     Place("Linear, int8", lambda: kinds.int8(Only(nn.Linear(64, 64))), _wide, "site", "bitsandbytes", 0.05),
-    Place("Linear, torchao int8", lambda: _torchao(8), _wide, "site", "torchao"),
+    Place("Linear, torchao int8", lambda: _torchao("int8"), _wide, "site", "torchao"),
+    Place("Linear, torchao int4", lambda: _torchao("int4"), _wide, "site", "torchao"),
 )
 
 
@@ -145,7 +148,7 @@ def on_sites() -> Iterator[type[Method]]:
     """The methods that act on sites, by name."""
     for name in methods.names():
         cls = methods.get(name)
-        if ON_SITES & set(cls.traits.seams) and {"targets"} <= {f.name for f in dataclasses.fields(cls)}:
+        if ON_SITES & set(cls.traits.seams) and "blocks" not in cls.traits.needs:
             yield cls
 
 
@@ -160,12 +163,18 @@ def outcome(cls: type[Method], place: Place) -> str | None:
     torch.manual_seed(0)
     model = place.build().eval()
     try:
-        method = build(cls, small(cls) | {"targets": place.targets}, what=cls.name())
+        method = build(cls, small(cls) | _at(cls, place), what=cls.name())
         tuned = Tuned(model, anatomy.of(model), method).eval()
     except PegboxError as refused:
         return str(refused).partition("\n")[0]
     _works(tuned, method, place)
     return None
+
+
+def _at(cls: type[Method], place: Place) -> dict[str, Any]:
+    """The place as targets, and nothing for other settings that name sites by their roles."""
+    lists = {f.name: () for f in dataclasses.fields(cls) if f.type == "str | tuple[str, ...]"}
+    return {**lists, "targets": place.targets}
 
 
 def _works(tuned: Tuned, method: Method, place: Place) -> None:

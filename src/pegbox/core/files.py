@@ -33,6 +33,7 @@ from pegbox.core.tuned import Tuned
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_ROOT = "base_model.model."
+PROMPT_ROOT = "base_model."  # of a module trained whole beside a prompt
 Bridge = Callable[[Mapping[str, Any], str | None], "type[Method] | None"]
 UNPICKLED = (
     "a pickle can run code, so none is read: load it where you trust it and save it again with safe_serialization=True"
@@ -215,7 +216,8 @@ def _written(tuned: Tuned, adapter: Adapter, state: State) -> State:
 
 def _own_from_file(tensors: State, tuned: Tuned, adapter: Adapter) -> State | None:
     """A state from a file of a method that has its own word on it, else None."""
-    copies = {_copy_key(key): key for key in adapter.own_state() if key.startswith("copy.")}
+    mine = [key for key in adapter.own_state() if key.startswith("copy.")]
+    copies = {_copy_key(key): key for key in mine} | {PROMPT_ROOT + key.removeprefix("copy."): key for key in mine}
     rest = {key: value for key, value in tensors.items() if key not in copies}
     state = adapter.method.from_file(tuned.model, adapter, rest)
     return None if state is None else state | {copies[k]: v for k, v in tensors.items() if k in copies}
@@ -365,7 +367,7 @@ def _bridged(config: Mapping[str, Any], method: type[Method], tensors: State) ->
         settings = method.from_peft(config)
     except SettingsError as error:
         raise AdapterError(f"HF PEFT's {config.get('peft_type')} adapter: {error}") from error
-    keys = [key.removeprefix(PEFT_ROOT) for key in tensors]
+    keys = [key.removeprefix(PEFT_ROOT).removeprefix(PROMPT_ROOT) for key in tensors]
     return AdapterFile(
         method=method.name(),
         settings=settings,

@@ -64,7 +64,9 @@ def guard_experts(model: nn.Module, sites: Mapping[str, ModuleSite], rows: Rows)
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim), None)
         if first is not None and first.shape[0] != len(rows):
-            raise CannotMix(f"{len(rows)} rows were given adapters, but the model was called with {first.shape[0]} rows")
+            raise CannotMix(
+                f"{len(rows)} rows were given adapters, but the model was called with {first.shape[0]} rows"
+            )
 
     return model.register_forward_pre_hook(count, with_kwargs=True).remove
 

@@ -308,7 +308,7 @@ class Base:
 
     def takes_faster(self, graft: Graft, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether a weight graft's own forward does here: one input, on a layout it knows, nothing set already."""
-        known = graft.any_layout or self.site.maps_features
+        known = graft.any_layout or (self.site.maps_features and not self.site.rounds_inputs)
         return known and len(args) == 1 and not kwargs and not any(p in self.values for p in graft.maps)
 
     def through(self, graft: Graft) -> Base:
