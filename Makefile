@@ -35,7 +35,7 @@ lint: $(STAMP)
 bench: $(STAMP)  ## paired benchmarks against HF PEFT; rewrites docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
-effects: $(STAMP)  ## every method's effect on real data (about 10 minutes); rewrites docs/comparison.md
+effects: $(STAMP)  ## every method's effect on real data (about 15 minutes); rewrites docs/comparison.md
 	$(BIN)/python -m benchmarks.effects
 	$(BIN)/python docs/generate.py
 

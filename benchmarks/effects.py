@@ -1,6 +1,6 @@
 """The measured effect of methods on one real model and one real data set.
 
-    python -m benchmarks.effects            # every method: `make effects`, about 10 minutes
+    python -m benchmarks.effects            # every method that a sentence encoder takes: `make effects`, 15 minutes
     python -m benchmarks.effects --of-demo  # quote what `make demo` has just written, in the README too
 
 Writes docs/comparison.md and docs/results/effects.json, from which the methods' pages quote.
@@ -29,8 +29,10 @@ OWN = {
     "miss.rank": 16,
     "bat.rank": 16,
     "series.bottleneck": 32,
+    "parallel.bottleneck": 16,
     "prompt_tuning.tokens": 10,
 }
+APART = ("scedit",)  # edits the skips of a U-Net
 
 
 def main() -> int:
@@ -45,7 +47,7 @@ def main() -> int:
 
 
 def compared() -> str:
-    """Every method of the registry at one budget; the table."""
+    """Every method at the demo's budget; the table."""
     from pegbox import methods
     from pegbox.evaluate.compare import compare
     from pegbox.evaluate.compare_settings import compare_settings
@@ -55,9 +57,10 @@ def compared() -> str:
     RUN.mkdir(parents=True, exist_ok=True)
     base = demo.settings(RUN)
     shared = ("model", "data", "test", "batch_size", "schedule", "warmup", "valid_share", "max_length", "warm_start")
-    values = {name: getattr(base, name) for name in shared}
-    values |= {"output": str(RUN), "dtype": "float32", "optimizer": base.optimizer, "methods": methods.names()}
-    values |= {"trials": 4, "seeds": 3, "trial_steps": 30, "max_steps": 90, **OWN}
+    values = {name: getattr(base, name) for name in shared} | {"rates": dict(base.rates)}
+    values |= {"output": str(RUN), "dtype": "float32", "optimizer": base.optimizer, **OWN}
+    values["methods"] = [name for name in methods.names() if name not in APART]
+    values |= {name: getattr(base, name) for name in ("trials", "seeds", "trial_steps", "max_steps")}
     return compare(compare_settings(values)).markdown()
 
 

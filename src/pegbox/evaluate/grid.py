@@ -14,7 +14,15 @@ from pegbox.core.method import Method
 
 RATIO = 10**0.5  # of neighbours: two a decade
 BASE, ADAPTER = 5e-5, 1e-3  # Devlin et al. (2018) tune BERT at 2e-5 to 5e-5
-CENTRES = {"bitfit": 3e-3, "miss": 3e-4, "bat": 3e-4, "prompt_tuning": 3e-2}
+CENTRES = {
+    "bitfit": 3e-3,
+    "ia3": 3e-3,
+    "compacter": 3e-3,
+    "miss": 3e-4,
+    "bat": 3e-4,
+    "prefix_tuning": 1e-2,
+    "prompt_tuning": 3e-2,
+}
 
 Edge = Literal["lowest", "highest"]
 
