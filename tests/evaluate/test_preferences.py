@@ -43,6 +43,20 @@ def test_a_comparison_chooses_by_reward_accuracy(values: dict[str, Any]) -> None
     assert "reward_accuracy" in json.dumps(results)
 
 
+@pytest.mark.parametrize("objective", ["dpo", "sft"])
+def test_training_rows_are_packed_and_the_others_are_not(values: dict[str, Any], objective: str) -> None:
+    data = Path(values["data"])
+    if objective == "sft":
+        rows = [json.loads(line) for line in data.read_text().splitlines()]
+        lines = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        del values["objective.beta"]
+    made = {"methods": ["lora"], "trials": 1, "seeds": 1, "max_steps": 2, "valid_share": 0.25, "packing": True}
+    comparison = compare(compare_settings(values | made | {"objective": objective}))
+    assert "lora" in json.dumps(json.loads((Path(values["output"]) / "results.json").read_text()))
+    assert comparison is not None
+
+
 def test_a_comparison_with_a_method_that_leaves_no_reference(values: dict[str, Any]) -> None:
     made = {"methods": ["lora", "full"], "trials": 1, "seeds": 1, "max_steps": 2, "valid_share": 0.25}
     with pytest.raises(SettingsError, match=r"full trains the base's own tensors; set objective.precompute=true"):

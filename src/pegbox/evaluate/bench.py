@@ -20,7 +20,7 @@ from pegbox.core.adapter import seeded
 from pegbox.core.errors import SettingsError
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import split_names
-from pegbox.data.examples import read, split
+from pegbox.data.examples import Examples, read, split
 from pegbox.evaluate import memory
 from pegbox.objectives.objective import Objective
 from pegbox.train.arguments import arguments
@@ -68,14 +68,22 @@ class Bench:
         loaded = self.loaded()
         self.base = fingerprint(loaded.model, without=loaded.new)
         strictest = next((m for m in methods if not m.traits.packs), methods[0])
-        self.rows: Rows = rows(self.found, settings, loaded.model, loaded.tokenizer, strictest)
-        alone = dataclasses.replace(self.found, train=test, valid=None)
-        plain = replace(settings, packing=False)
-        self.test = _by_length(list(rows(alone, plain, loaded.model, loaded.tokenizer, strictest).train))
+        alone = dataclasses.replace(self.found, valid=None)
+        self.rows: Rows = rows(alone, settings, loaded.model, loaded.tokenizer, strictest)
+        held = self._held(test, strictest)
+        self._collate = held.collate
+        self.test = _by_length(list(held.train))
         if test.counts.rejected:
             say(f"test       left out: {test.rejected.summary()}")
-        self.valid = _by_length(list(self.rows.valid or ()))
+        assert self.found.valid is not None
+        self.valid = _by_length(list(self._held(self.found.valid, strictest).train))
         self.probe: Probe | None = None
+
+    def _held(self, part: Examples, method: Method) -> Rows:
+        """Rows to choose or to judge on, which are never packed: each has a number of its own."""
+        alone = dataclasses.replace(self.found, train=part, valid=None)
+        loaded = self.loaded()
+        return rows(alone, replace(self.settings, packing=False), loaded.model, loaded.tokenizer, method)
 
     # -- the base --------------------------------------------------------------------------------------------------
 
@@ -169,7 +177,7 @@ class Bench:
     def _batches(self, model: nn.Module, held: Sequence[Any]) -> Iterator[dict[str, Any]]:
         device = next(model.parameters()).device
         for start in range(0, len(held), ROWS_AT_ONCE):
-            batch = self.rows.collate(held[start : start + ROWS_AT_ONCE])
+            batch = self._collate(held[start : start + ROWS_AT_ONCE])
             yield {key: value.to(device) for key, value in batch.items()}
 
     def measure(self, predictions: dict[str, Tensor]) -> float:
