@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pegbox.core.errors import CannotMix, ModelError, TargetError
+from pegbox.core.errors import AdapterError, CannotMix, ModelError, TargetError
 from pegbox.core.graft import Graft
 from pegbox.core.layout import is_conv1d
 from pegbox.core.method import Anatomy
@@ -167,6 +167,45 @@ def key_shape(config: Any) -> tuple[int, int]:
         raise TargetError("the model's config does not tell how many attention heads it has, so it takes no prefix")
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return getattr(config, "num_key_value_heads", None) or heads, dim
+
+
+def prefix_peft(model: nn.Module) -> dict[str, Any]:
+    """What HF PEFT's configuration of a prefix says of the model."""
+    config: Any = getattr(model, "config", None)
+    heads, dim = key_shape(config)
+    return {
+        "token_dim": heads * dim,
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_transformer_submodules": 1,
+    }
+
+
+def in_every_layer(model: nn.Module, found: Survey) -> bool:
+    """Whether there are pairs in every layer of the model, by way of a cache, as HF PEFT has them."""
+    layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return len(found.places) == layers and all(place.cache for place in found.places.values())
+
+
+def by_layer(given: Tensor, own: Mapping[str, Tensor], *, shared: bool) -> dict[str, Tensor]:
+    """HF PEFT's prefix as one of each layer's own.
+
+    Args:
+        given: (n, 2 L width): keys and values of layer 0, of layer 1, and so on.
+        own: (n, 2, width) of each layer, by name.
+        shared: it is an encoder-decoder's, whose layer i has the vectors 4i and 4i + 1, counted in a circle.
+
+    Raises:
+        AdapterError: there are more or fewer numbers than the layers have.
+    """
+    if given.ndim != 2 or given.numel() != sum(map(torch.numel, own.values())):
+        raise AdapterError(f"a prefix of shape {tuple(given.shape)} does not fit {len(own)} layers")
+    if not shared:
+        parts = given.split([2 * mine.shape[2] for mine in own.values()], dim=1)
+        return {name: part.unflatten(1, (2, -1)) for name, part in zip(own, parts, strict=True)}
+    vectors = given.unflatten(1, (2 * len(own), -1))
+    ends = [4 * i % vectors.shape[1] for i in range(len(own))]
+    return {name: vectors[:, end : end + 2] for name, end in zip(own, ends, strict=True)}
 
 
 def _without_cache(model: nn.Module, place: Place, pair: Sequence[str]) -> dict[str, tuple[Place, int]]:

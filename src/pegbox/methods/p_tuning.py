@@ -2,7 +2,6 @@
 
     the model reads  [p_1 .. p_n, e(x_1) .. e(x_T)]        e: the frozen embedding
     p = f(E)        E: (n, d), trained with f
-
     f = MLP(BiLSTM(E))        the paper's: Linear, ReLU, Linear after `lstm_layers` of LSTM, h units each way
     f = MLP(E)                Linear(d, h), ReLU, Linear(h, h), ReLU, Linear(h, d), HF PEFT's default and the one here
 
@@ -10,7 +9,6 @@ The paper lets virtual tokens stand between those of the text, by a template for
 stand before it.  Once trained, only p is needed: then this is prompt tuning.  The file holds both p, which is all that
 HF PEFT keeps and reads, and E and f, so that training can go on.  A file of PEFT's, whose E and f are lost, loads with
 `encoder="none"`: p itself, to be used or trained on as in prompt tuning.
-
 E is drawn from N(0, 1), the layers as torch draws its own, as in HF PEFT.
 """
 
@@ -24,21 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pegbox.core import (
-    Anatomy,
-    Graft,
-    Method,
-    PeftLayout,
-    Site,
-    Traits,
-    VirtualTokens,
-    encoder_half,
-    setting,
-    token_graft,
-    token_peft,
-    token_sites,
-)
+from pegbox.core import Anatomy, Graft, Method, PeftLayout, Site, Traits, VirtualTokens, setting
 from pegbox.core.errors import AdapterError
+from pegbox.core.tokens import encoder_half, token_graft, token_peft, token_sites
 
 
 class EncodedPrompt(VirtualTokens):
@@ -134,8 +120,7 @@ class PTuning(Method):
         if not isinstance(site.module, nn.Embedding):
             return 0
         d = site.module.embedding_dim
-        h = self.hidden or d
-        tokens = self.tokens * d
+        h, tokens = self.hidden or d, self.tokens * d
         if self.encoder == "none":
             return tokens
         if self.encoder == "mlp":
@@ -156,12 +141,9 @@ class PTuning(Method):
         return {}  # made anew of the rest
 
     def peft_extra(self, model: nn.Module) -> dict[str, Any]:
-        said = token_peft(model)
-        kind = "LSTM" if self.encoder == "lstm" else "MLP"
-        return said | {
-            "encoder_reparameterization_type": kind,
-            "encoder_hidden_size": self.hidden or said.get("token_dim"),
-        }
+        said, kind = token_peft(model), "LSTM" if self.encoder == "lstm" else "MLP"
+        hidden = self.hidden or said.get("token_dim")
+        return said | {"encoder_reparameterization_type": kind, "encoder_hidden_size": hidden}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Prefix-Tuning: Optimizing Continuous Prompts for Generation (Li and Liang, 2021), arXiv:2101.00190.
 
     every layer attends to n trained pairs of keys and values before those of the text
-
     softmax(s q [P_k, K]^T) [P_v, V]        P_k, P_v: (n, width)
     [P_k, P_v of all L layers] = P                          P: (n, 2 L width)
                                = W2 tanh(W1 E + b1) + b2    with a projection: E (n, width), hidden units h
@@ -26,24 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pegbox.core import (
-    Anatomy,
-    Graft,
-    Method,
-    Pairs,
-    PeftLayout,
-    Place,
-    Site,
-    Survey,
-    Traits,
-    by_settings,
-    decoder_path,
-    key_shape,
-    prefix_graft,
-    setting,
-    survey,
-)
+from pegbox.core import Anatomy, Graft, Method, PeftLayout, Site, Traits, by_settings, setting
 from pegbox.core.errors import AdapterError, TargetError
+from pegbox.core.prefix import Pairs, Place, Survey, by_layer, in_every_layer, prefix_graft, prefix_peft, survey
+from pegbox.core.tokens import decoder_path
 
 PROJECTION = ("embedding", "w1", "b1", "w2", "b2")
 
@@ -137,14 +122,9 @@ class PrefixTuning(Method):
         assert isinstance(shared, Pairs)
         return prefix_graft(site, shared)
 
-    def size(self, site: Site) -> int | None:
-        return None
-
     def in_peft(self, model: nn.Module, shared: nn.Module | None) -> bool:
         assert isinstance(shared, Pairs)
-        layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-        places = shared.survey.places.values()
-        return decoder_path(model) is None and len(places) == layers and all(place.cache for place in places)
+        return decoder_path(model) is None and in_every_layer(model, shared.survey)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.projection:
@@ -154,36 +134,16 @@ class PrefixTuning(Method):
     def unpack(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = tensors.get("prefix")
         if not self.projection:
-            return {} if given is None else self._by_layer(given, own)
+            return {} if given is None else by_layer(given, own, shared=self.stacks == "decoder")
         if given is None or given.shape != (self.tokens, len(own["w2"])):
             raise AdapterError("the file lacks the prefix that its projection gives, or has another")
         return {}  # made anew of the rest
 
-    def _by_layer(self, given: Tensor, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """PEFT's (n, 2 L width) as each layer's own (n, 2, width)."""
-        if given.ndim != 2 or given.numel() != sum(map(torch.numel, own.values())):
-            raise AdapterError(
-                f"a prefix of {tuple(given.shape)} is not one of {self.tokens} pairs for {len(own)} layers"
-            )
-        if self.stacks == "all":
-            parts = given.split([2 * mine.shape[2] for mine in own.values()], dim=1)
-            return {name: part.unflatten(1, (2, -1)) for name, part in zip(own, parts, strict=True)}
-        vectors = given.unflatten(1, (2 * len(own), -1))  # of an encoder-decoder, whose layers share them
-        ends = [4 * i % vectors.shape[1] for i in range(len(own))]
-        return {name: vectors[:, end : end + 2] for name, end in zip(own, ends, strict=True)}
-
     def peft_extra(self, model: nn.Module) -> dict[str, Any]:
-        config: Any = getattr(model, "config", None)
-        heads, dim = key_shape(config)
-        return {
-            "token_dim": heads * dim,
-            "num_layers": config.num_hidden_layers,
-            "num_attention_heads": heads,
-            "num_transformer_submodules": 1,
-            "prefix_projection": self.projection,
-            "encoder_hidden_size": self.hidden or heads * dim,
-            "init_weights": "zero" if self.start == "zero" else None,
-        }
+        said = prefix_peft(model)
+        hidden = self.hidden or said["token_dim"]
+        start = "zero" if self.start == "zero" else None
+        return said | {"prefix_projection": self.projection, "encoder_hidden_size": hidden, "init_weights": start}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
