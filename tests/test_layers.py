@@ -19,7 +19,7 @@ LAYERS = [  # from the top; a module imports from its own layer and from those b
     ("checks",),
     ("objectives", "data"),
     ("api", "catalogue"),
-    ("methods",),
+    ("methods", "peft_bridge"),
     ("updates",),
     ("anatomy",),
     ("core",),

@@ -1,4 +1,4 @@
-"""Adapter files that are not what they should be: an AdapterError that says what can be done; the model is as it was."""
+"""Adapter files that are not what they should be: an AdapterError that says what to do; the model is as it was."""
 
 from __future__ import annotations
 

@@ -291,7 +291,10 @@ def _file_key(key: str, layout: PeftLayout | None) -> str:
 def _config(tuned: Tuned, adapter: Adapter, copies: list[str], header: Mapping[str, Any]) -> dict[str, Any]:
     method, layout = adapter.method, _layout(tuned, adapter)
     if (own := method.file_config(adapter)) is not None:
-        said = {"base_model_name_or_path": header["base"], "task_type": _task(tuned)}
+        task = _task(tuned)
+        if task in ("SEQ_CLS", "TOKEN_CLS") and not copies:  # PEFT would look for a trained head in the file
+            task = None
+        said = {"base_model_name_or_path": header["base"], "task_type": task}
         return own | said | ({"modules_to_save": copies} if copies else {})
     if layout is None:
         return {"pegbox": {k: header[k] for k in ("method", "settings", "also_train", "fingerprint")}} | {

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-
 from torch import Tensor, nn
 
 from pegbox.core.errors import SettingsError, TargetError
@@ -185,9 +184,7 @@ def file_names(
     ours = {id(value): key for key, value in own.items()}
     with mounted(model, bank, layers) as wrapper:
         state = wrapper.state_dict(keep_vars=True)
-        theirs = get_peft_model_state_dict(
-            wrapper, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False
-        )
+        theirs = get_peft_model_state_dict(wrapper, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False)
     more = {key: value.detach().clone() for key, value in theirs.items() if id(value) not in ours}
     return {key: ours[id(value)] for key, value in theirs.items() if key not in more}, more
 
@@ -206,5 +203,3 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-

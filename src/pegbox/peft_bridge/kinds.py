@@ -125,6 +125,7 @@ REFUSED: dict[str, str] = {
 
 # models on which PEFT itself cannot run a tuner, and why
 NOT_ON: dict[str, dict[str, str]] = {
+    "beft": {"llama": "it changes biases, and Llama has none"},
     "adaption_prompt": {"bert": "PEFT has it for Llama, Mistral and GPT-2"},
 }
 

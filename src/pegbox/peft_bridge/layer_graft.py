@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pegbox.core import Base, Graft, Site
-
 from pegbox.core.layout import is_conv1d
 from pegbox.core.site import widened
 from pegbox.peft_bridge.harvest import ADAPTER, Bank, quiet
@@ -147,5 +146,3 @@ class _Table:
 
     def kept(self, parameter: str) -> Tensor:
         return self.table
-
-

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from pegbox.core import Anatomy, Graft, Method, Site, Traits, Tuned, setting
 from pegbox.core.adapter import Adapter, check_fit, path_of
 from pegbox.core.errors import SettingsError, TargetError
-
 from pegbox.peft_bridge.harvest import Bank, file_names, harvest, mounted, put, quiet, refusal
-from pegbox.peft_bridge.kinds import Facts, facts
+from pegbox.peft_bridge.kinds import WITHHELD, Facts, facts
 from pegbox.peft_bridge.layer_graft import LayerGraft
-from pegbox.peft_bridge.settings import OURS, aliases, as_setting, as_theirs, from_config, offered
+from pegbox.peft_bridge.settings import OURS, aliases, as_setting, as_theirs, from_config, offered, usual
 
 State = dict[str, Tensor]
 INSIDE = ".base_layer."  # PEFT adds the base's own embeddings to some files
@@ -68,7 +67,9 @@ class PeftMethod(Method):
     def shared(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         bank = harvest(model, self.peft_config(model, anatomy), self.name())
         if beyond := sorted(bank.layers[0].keys() - set(self.sites(model, anatomy))):
-            raise TargetError(f"{self.name()}: HF PEFT changes {beyond[0]} too, which targets do not name; name it there")
+            raise TargetError(
+                f"{self.name()}: HF PEFT changes {beyond[0]} too, which targets do not name; name it there"
+            )
         return bank
 
     def graft(self, site: Site, shared: nn.Module | None) -> Graft | None:
@@ -170,7 +171,13 @@ class PeftMethod(Method):
         odd = [k for k in foreign if k in {f.name for f in dataclasses.fields(cls.config)}] or foreign
         if odd:
             raise SettingsError(f"{cls.name()} has no setting {odd[0]!r}, which the file gives as {config[odd[0]]!r}")
-        settings = from_config(config, known)
+        usually = usual(cls.config)
+        settings = {
+            name: value
+            for name, value in from_config(config, known).items()
+            if name not in cls.facts.named and not (name in WITHHELD and value == usually[name])
+        }
+        settings |= {name: as_setting(config[name]) for name in cls.facts.named if config.get(name) is not None}
         targets = config.get("target_modules")
         if targets and cls.facts.how == "layers":
             settings["targets"] = targets if isinstance(targets, str) else tuple(targets)

@@ -117,3 +117,8 @@ def as_theirs(value: Any) -> Any:
 def from_config(config: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     """Settings that an `adapter_config.json` of PEFT's gives, those that mean nothing left out."""
     return {name: as_setting(config[name]) for name in known if config.get(name) is not None}
+
+
+def usual(config: type) -> dict[str, Any]:
+    """PEFT's defaults, as plain values."""
+    return {f.name: as_setting(_default(f)) for f in dataclasses.fields(config)}
