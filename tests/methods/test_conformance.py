@@ -17,7 +17,7 @@ CASES = [
     Case("compacter", {"division": 2, "reduction": 4}),
     Case("compacter", {"division": 2, "reduction": 4, "factorized": False, "share": False}, families=("t5",)),
     Case("dora", {"rank": 4, "alpha": 6.0}),
-    Case("dora", {"rank": 4, "alpha": 6.0, "start": "pissa"}, families=("llama", "gpt2")),
+    Case("dora", {"rank": 4, "alpha": 3.0, "start": "pissa"}, families=("llama", "gpt2")),
     Case("full"),
     Case("ia3", families=WITH_MLP),
     Case("ia3", {"targets": "all-linear", "inputs": "fold"}, families=("mlp",)),
