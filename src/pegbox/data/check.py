@@ -121,7 +121,9 @@ def _rejected(examples: Examples, report: Report, found: Found) -> None:
 
 
 def _lengths(lengths: Mapping[str, int], report: Report, found: Found) -> None:
-    ordered = sorted(lengths.values()) or [0]
+    ordered = sorted(lengths.values())
+    if not ordered:  # images have none
+        return
     report.lengths = {f"p{p}": ordered[(len(ordered) - 1) * p // 100] for p in PERCENTILES}
     bound = max(FAR_LONGER * report.lengths["p95"], LONG[report.unit])
     found.add("very-long", *(id for id, length in lengths.items() if length > bound))

@@ -58,10 +58,9 @@ def _decoded(tokens: Sequence[int], start: int, stop: int, tokenizer: Any) -> st
 
 def _counts(report: Report) -> Table:
     table = Table(show_header=False, box=None, title=f"{report.source}: {report.format}", title_justify="left")
-    rows = {
-        "rows": f"{report.rows}" + (f" (and {report.rejected} rejected)" if report.rejected else ""),
-        f"length in {report.unit}": ", ".join(f"{name} {value}" for name, value in report.lengths.items()),
-    }
+    rows = {"rows": f"{report.rows}" + (f" (and {report.rejected} rejected)" if report.rejected else "")}
+    if report.lengths:
+        rows[f"length in {report.unit}"] = ", ".join(f"{name} {value}" for name, value in report.lengths.items())
     if report.trained_share is not None:
         rows["trained tokens"] = f"{report.trained_tokens} of {report.tokens} ({report.trained_share:.1%})"
     if report.labels:
