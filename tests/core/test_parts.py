@@ -184,7 +184,7 @@ def test_rows_of_experts() -> None:
         torch.testing.assert_close(have[row], alone[chosen][row], rtol=1e-5, atol=1e-5)
 
 
-# -- names ---------------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------------------------
 
 
 def resolved(model: nn.Module, targets: Any, **given: Any) -> list[str]:

@@ -242,3 +242,16 @@ def test_what_bitsandbytes_repacks_is_read_all_the_same() -> None:
     later = shake(pegbox.tune(model, "lora", rank=4))
     want = output(later)
     torch.testing.assert_close(output(later.merge()), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj"])
+def test_an_exported_model_is_plain_and_equal(targets: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from pegbox.checks.models import llama
+    from pegbox.evaluate import parity
+
+    torch.manual_seed(0)
+    model: Any = kinds.nf4(llama()).eval()
+    before = bits(model)
+    parity.gate(shake(pegbox.tune(model, "lora", rank=4, targets=targets)))  # raises where a reloaded model differs
+    require_same_bits(bits(model), before, "the base")

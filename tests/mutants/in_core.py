@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from pegbox.anatomy.anatomy import Anatomy
-from pegbox.core import adapter, compose, files, graft, prefix, rows, settings, site, tokens, tuned
+from pegbox.core import adapter, compose, files, graft, layout, prefix, rows, settings, site, storage, tokens, tuned
 from pegbox.core.errors import TargetError
 
 from .in_methods import BAT, BITFIT, DORA, FULL, LORA, PREFIX, PROMPT, SERIES
@@ -156,7 +156,39 @@ def free_to_cast(self: Any, fn: Any, recurse: bool = True) -> Any:
     return nn.Module._apply(self, fn, recurse)
 
 
+def without_scale(original: Any, self: Any, module: Any, x: Any, down: Any, up: Any, scale: float) -> Any:
+    return original(self, module, x, down, up, 1.0)
+
+
+def coarser(original: Any, self: Any, module: Any, leaf: str) -> Any:
+    return 0.9 * original(self, module, leaf)
+
+
 MUTANTS = [
+    Mutant(
+        "forward_is_the_equation",
+        LORA,
+        "a thin convolution forgets the scale",
+        around(layout.Convolution, "product", without_scale),
+        family="conv",
+    ),
+    Mutant(
+        "forward_is_the_equation",
+        LORA,
+        "a lookup forgets the scale",
+        around(layout.Lookup, "product", without_scale),
+        family="embedding",
+    ),
+    Mutant(
+        "starts_as_declared", LORA, "nf4 is decoded wrongly", around(storage.FourBit, "decode", coarser), family="nf4"
+    ),
+    Mutant(
+        "starts_as_declared",
+        LORA,
+        "int8 is decoded wrongly",
+        around(storage.EightBit, "decode", coarser),
+        family="int8",
+    ),
     Mutant("settings_keep_their_bounds", LORA, "bounds are not looked at", put(settings, "_check_bounds", nothing)),
     Mutant(
         "settings_keep_their_bounds",

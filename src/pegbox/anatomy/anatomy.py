@@ -74,7 +74,7 @@ class Anatomy:
             TargetError: there is no such matrix, or it cannot be divided as the data file says.
         """
         cut = self.division.cuts.get(path)
-        return named_rows(*self._kept_at(path), cut and cut.rows)
+        return named_rows(*self._kept_at(path), cut.rows if cut else None)
 
     def _kept_at(self, path: str) -> tuple[nn.Module, str]:
         try:

@@ -96,7 +96,8 @@ def _of_torch(modules: Mapping[str, nn.Module], found: Found) -> Division:
         kind = "cross" if path in found.get("cross", ()) else "attn"
         inside = f"{path}." if path else ""
         matrices[f"{kind}.out"] = (*matrices.get(f"{kind}.out", ()), f"{inside}out_proj.weight")
-        if module.in_proj_weight is not None:
+        fused: Any = module.in_proj_weight  # None where keys or values have another width
+        if fused is not None:
             cuts[f"{inside}in_proj_weight"] = Cut((f"{kind}.q", f"{kind}.k", f"{kind}.v"))
             if kind == "attn":
                 matrices["attn.qkv"] = (*matrices.get("attn.qkv", ()), f"{inside}in_proj_weight")
@@ -109,8 +110,9 @@ def _of_torch(modules: Mapping[str, nn.Module], found: Found) -> Division:
 def _cut(split: tables.Split, config: Any) -> Cut | None:
     """None where the model's configuration lacks a number: then its parts have no names."""
     sizes = [_number(size, config) for size in split.sizes]
-    groups = 1 if split.layout == "stacked" else split.groups and _number(split.groups, config)
-    if None in sizes or (split.groups is not None and groups is None):
+    given = 1 if split.layout == "stacked" else split.groups
+    groups = None if given is None else _number(given, config)
+    if None in sizes or (given is not None and groups is None):
         return None
     return Cut(split.parts, tuple(size for size in sizes if size is not None), groups)
 

@@ -64,7 +64,7 @@ class Scope:
         """Names of the rows of a whole matrix; none if it cannot be divided as its data file says."""
         cut = self.anatomy.division.cuts.get(stem)
         try:
-            return list(named_rows(*kept_at(stem, self.modules), cut and cut.rows))
+            return list(named_rows(*kept_at(stem, self.modules), cut.rows if cut else None))
         except TargetError:
             return []
 

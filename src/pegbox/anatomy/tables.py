@@ -98,10 +98,11 @@ def _table(name: str, data: dict[str, Any], own: dict[str, Any]) -> Table:
 
 
 def _splits(lines: dict[str, Any]) -> dict[str, Split]:
-    return {
-        role: Split(**{key: tuple(value) if isinstance(value, list) else value for key, value in line.items()})
-        for role, line in lines.items()
-    }
+    return {role: Split(**_tupled(line)) for role, line in lines.items()}
+
+
+def _tupled(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
 
 
 def _joined(roles: dict[str, Any], more: dict[str, Any]) -> Patterns:

@@ -39,8 +39,8 @@ def linear_as_declared(lab: Lab) -> None:
     largest = 0.0
     for path, _ in _weight_grafts(both):
         first, second, none = _changes(one, path), _changes(two, path), _changes(start, path)
-        for parameter, change in _changes(both, path).items():
-            added = first[parameter] + second[parameter] - none[parameter]
+        for mapped, change in _changes(both, path).items():
+            added = first[mapped] + second[mapped] - none[mapped]
             largest = max(largest, float((change - added).abs().max()))
     linear = largest < 1e-5
     declared = lab.method.traits.linear

@@ -68,7 +68,7 @@ def nf4(model: nn.Module) -> nn.Module:
         layer.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4", module=layer).to("cpu")
         layer.bias = linear.bias
         layer.support_avx512bf16_for_cpu = False  # its faster kernel rounds to bfloat16
-        return layer  # type: ignore[no-any-return]
+        return layer
 
     return _with_linears(model, quantised)
 
@@ -83,7 +83,7 @@ def int8(model: nn.Module) -> nn.Module:
         )
         layer.weight = Int8Params(linear.weight.detach(), requires_grad=False, has_fp16_weights=False).to("cpu")
         layer.bias = linear.bias
-        return layer  # type: ignore[no-any-return]
+        return layer
 
     return _with_linears(model, quantised)
 

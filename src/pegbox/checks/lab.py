@@ -144,9 +144,10 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _plain(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    if not is_traceable_wrapper_subclass(value):
+    held: Any = value
+    if not is_traceable_wrapper_subclass(held):
         return [(key, value)]
-    return [(f"{key}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0]]
+    return [(f"{key}.{part}", getattr(held, part)) for part in held.__tensor_flatten__()[0]]
 
 
 def require_same_bits(have: dict[str, Tensor], want: dict[str, Tensor], what: str) -> None:

@@ -124,7 +124,7 @@ def _torchao(word: str) -> nn.Module:
     from torchao.quantization.granularity import PerGroup
 
     model = Only(nn.Linear(64, 64))
-    four = IntxWeightOnlyConfig(torch.int4, PerGroup(32))
+    four = IntxWeightOnlyConfig(torch.int4, PerGroup(32))  # type: ignore[attr-defined]
     quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False) if word == "int8" else four)
     return model
 

@@ -252,7 +252,8 @@ def from_file(
     """Undo `to_file`, for an adapter whose state is `own`; a key that is not its own is kept."""
     if layout is None:
         return tensors
-    rest, state = dict(tensors), {}
+    state: State = {}
+    rest = dict(tensors)
     for prefix, mine in _grouped(own).items():
         site = _site_of(prefix, sites)
         here = peft_shapes.layout_at(layout, site) or layout

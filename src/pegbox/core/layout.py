@@ -97,7 +97,7 @@ class Convolution(Layout):
         kernel = module.weight.shape[1:]  # (in / groups, k, ...)
         low = as_matrix(down, kernel.numel(), up).to(x.dtype).unflatten(1, kernel)  # (r, in / groups, k, ...)
         repeated = low.repeat(module.groups, *[1] * len(kernel))
-        h = module._conv_forward(x, repeated, None)  # type: ignore[operator]  # (B, groups * r, ...)
+        h = module._conv_forward(x, repeated, None)  # (B, groups * r, ...)
         point = (scale * up).to(x.dtype)[(...,) + (None,) * (len(kernel) - 1)]  # (out, r, 1, ...)
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 2]
         return conv(h, point, groups=module.groups)

@@ -237,7 +237,7 @@ class Part(Site):
     @property
     def device(self) -> torch.device:
         module, leaf = self.owner.locate(self.parameter)
-        return getattr(module, leaf).device  # type: ignore[return-value]
+        return getattr(module, leaf).device
 
     @property
     def quantised(self) -> str | None:

@@ -1,4 +1,4 @@
-"""HF PEFT's names and shapes of a method's tensors at convolutions and embeddings, which differ from those at linears."""
+"""HF PEFT's names and shapes of a method's tensors at convolutions and embeddings, where they are others."""
 
 from __future__ import annotations
 

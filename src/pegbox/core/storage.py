@@ -14,7 +14,7 @@ import contextlib
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +56,11 @@ class Storage(ABC):
 
     def shape(self, module: nn.Module, leaf: str) -> torch.Size:
         """Of the matrix."""
-        return getattr(module, leaf).shape  # type: ignore[no-any-return]
+        return getattr(module, leaf).shape
 
     def dtype(self, module: nn.Module, leaf: str) -> torch.dtype:
         """Of the decoded matrix."""
-        return getattr(module, leaf).dtype  # type: ignore[no-any-return]
+        return getattr(module, leaf).dtype
 
     def compute_dtype(self, module: nn.Module) -> torch.dtype | None:
         """What the module turns its input into; None for nothing."""
@@ -137,10 +137,10 @@ class FourBit(Storage):
         return plain.to(kept.device)
 
     def shape(self, module: nn.Module, leaf: str) -> torch.Size:
-        return torch.Size(getattr(module, leaf).quant_state.shape)  # type: ignore[union-attr]
+        return torch.Size(getattr(module, leaf).quant_state.shape)
 
     def dtype(self, module: nn.Module, leaf: str) -> torch.dtype:
-        state: Any = getattr(module, leaf).quant_state  # type: ignore[union-attr]
+        state: Any = getattr(module, leaf).quant_state
         packed = getattr(state, "packing_format_for_cpu", False)
         found: torch.dtype = state.original_dtype if packed else state.dtype
         return found
@@ -191,7 +191,7 @@ class EightBit(Storage):
         twin: Any = super().twin(module, leaf, kept)
         twin.state = copy.copy(module.state)
         twin.state.CB = twin.state.SCB = None
-        return twin  # type: ignore[no-any-return]
+        return twin
 
     def _pieces(self, module: nn.Module, leaf: str) -> tuple[Tensor, Tensor]:
         """Codes (out, in) and scales (out,); the module takes the scales to its state when first called."""
@@ -211,7 +211,7 @@ class TorchAO(Storage):
         self.rounds_inputs = any(getattr(kept, word, None) is not None for word in _INPUTS_TOO)
 
     def decode(self, module: nn.Module, leaf: str) -> Tensor:
-        return getattr(module, leaf).dequantize()  # type: ignore[no-any-return, operator]
+        return getattr(module, leaf).dequantize()
 
     def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
         from torchao.quantization import quantize_
@@ -226,7 +226,7 @@ class TorchAO(Storage):
         holder = nn.Sequential(nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta"))
         holder[0].weight = nn.Parameter(value.to(kept.dtype), requires_grad=False)
         quantize_(holder, config)
-        return holder[0].weight  # type: ignore[return-value]
+        return holder[0].weight
 
 
 _INPUTS_TOO = ("act_quant_kwargs", "activation_quantization")  # set where inputs are rounded too
@@ -399,7 +399,9 @@ def plain(model: nn.Module) -> Iterator[None]:
         replaced.append((holder, child, layer))
     config: Any = getattr(model, "config", None)
     said = config.__dict__.pop("quantization_config", None) if config is not None else None
-    flags = {name_: model.__dict__.pop(name_) for name_ in ("is_quantized", "hf_quantizer") if name_ in model.__dict__}
+    flags: dict[str, Any] = {
+        name_: model.__dict__.pop(name_) for name_ in ("is_quantized", "hf_quantizer") if name_ in model.__dict__
+    }
     try:
         yield
     finally:

@@ -39,8 +39,9 @@ def bypasses_refused(sites: Mapping[str, ModuleSite], context: Context) -> Itera
     read: dict[str, str] = {}
     before = {path: site.module._parameters for path, site in sites.items() if site.chain}
     for path, parameters in before.items():
-        sites[path].module._parameters = _Noted(parameters, path, read)  # type: ignore[assignment]
-    context.called = called = set()
+        sites[path].module._parameters = _Noted(parameters, path, read)
+    called: set[str] = set()
+    context.called = called
     try:
         yield
     finally:
