@@ -7,10 +7,7 @@
 One C (n, n, n), drawn with a deviation of 1e-4, serves every H of the model; L and R, rank k = 1, are each layer's
 own.  After attention and after the MLP; Compacter++ after the MLP alone.  The layer norms of the base train too, as
 differences from its own.  A PHM adapter has a full (in / n, out / n) in the place of L_j R_j, and in every H a C of its
-own.
-
-n divides d and m.  The paper writes x H with H (in, out), as here.  The authors' code has no adapter after
-cross-attention.
+own.  n divides d and m.  The authors' code has no adapter after cross-attention.
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 
 from pegbox.core import Anatomy, Base, Graft, Method, Preset, Site, Traits, by_settings, setting
 from pegbox.core.bottleneck import ACTIVATIONS
+from pegbox.core.difference import DifferenceGraft
 from pegbox.core.errors import SettingsError, TargetError
 from pegbox.core.layout import is_linear
 
@@ -54,8 +52,7 @@ class PHMLinear(nn.Module):
     def matrix(self, c: Tensor | None) -> Tensor:
         """H (in, out), from the shared C, or the own one."""
         parts = self.left @ self.right if self.factorized else self.full  # (n, in/n, out/n)
-        rule = self.rule.c if self.rule is not None else c
-        return torch.einsum("jab,jkp->akbp", rule, parts).flatten(2).flatten(0, 1)
+        return torch.einsum("jab,jkp->akbp", c if self.rule is None else self.rule.c, parts).flatten(2).flatten(0, 1)
 
     def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, self.matrix(c).T, self.bias)
@@ -79,22 +76,8 @@ class CompacterGraft(Graft):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         h: Tensor = base(x)
-        (rule,) = self.owner
-        c = None if rule is None else rule.c.to(h.dtype)
+        c = None if self.owner[0] is None else self.owner[0].c.to(h.dtype)
         return h + self.up(self.activation(self.down(h, c)), c)
-
-
-class NormGraft(Graft):
-    """A trained norm: a difference from each of the base's own parameters, which stay."""
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        own = site.module.named_parameters(recurse=False)
-        self.d = nn.ParameterDict({name: nn.Parameter(torch.zeros(p.shape)) for name, p in own})
-
-    def forward(self, base: Base, x: Tensor) -> Tensor:
-        y: Tensor = base.with_values({name: base.read(name) + d for name, d in self.d.items()})(x)
-        return y
 
 
 TRAITS = Traits(seams=("output",), card="compacter", merge="no")
@@ -138,7 +121,7 @@ class Compacter(Method):
 
     def graft(self, site: Site, shared: nn.Module | None) -> Graft:
         if not is_linear(site.module):
-            return NormGraft(site)
+            return DifferenceGraft(site)
         assert shared is None or isinstance(shared, Rule)
         return CompacterGraft(site, shared, self)
 
