@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 32_000
 ROWS, LENGTH = 4, 512
 RANK, ALPHA = 16, 32.0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NF4 = "nf4"  # linears but the head in bitsandbytes' nf4, doubly quantised; the rest, and products, in bfloat16
 
 
 def llama(dtype: str, *, biases: bool = False) -> LlamaForCausalLM:
     """Hidden 768, 12 blocks, 12 heads, 4 KV heads, MLP 2048; the same weights every time.
 
     Args:
-        dtype: a key of DTYPES.
+        dtype: a key of DTYPES, or NF4.
         biases: whether the projections of attention and MLP have biases.
     """
     config = LlamaConfig(
@@ -32,7 +33,34 @@ def llama(dtype: str, *, biases: bool = False) -> LlamaForCausalLM:
         attn_implementation="sdpa",
     )
     torch.manual_seed(0)
+    if dtype == NF4:
+        return _in_four_bits(LlamaForCausalLM(config).bfloat16())
     return LlamaForCausalLM(config).to(DTYPES[dtype])
+
+
+def _in_four_bits(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    import bitsandbytes as bnb
+
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                if not isinstance(linear, nn.Linear):
+                    continue
+                out, in_ = linear.weight.shape
+                quantised = bnb.nn.Linear4bit(
+                    in_, out, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4"
+                )
+                quantised.weight = bnb.nn.Params4bit(
+                    linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+                )
+                setattr(part, name, quantised.to("cpu"))
+    return model
+
+
+def linear_bytes(model: nn.Module) -> int:
+    """What the linears of the blocks keep, with the statistics of those that are quantised."""
+    blocks = (m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features != VOCABULARY)
+    return sum(value.numel() * value.element_size() for m in blocks for value in m.state_dict().values())
 
 
 def batch(rows: int = ROWS, length: int = LENGTH) -> dict[str, Tensor]:

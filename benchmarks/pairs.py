@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.measure import fresh
-from benchmarks.models import DTYPES
+from benchmarks.models import DTYPES, NF4
 from benchmarks.ratios import Bar, Reading, Round, curve_gap, ratio, value
 
 SHORT = {"prompt_tuning": "prompt", "prefix_tuning": "prefix", "p_tuning": "p-tuning"}
@@ -192,6 +192,28 @@ def _selections() -> list[Pair]:
     ]
 
 
+def _quantised() -> Pair:
+    """LoRA over a base of four bits, beside LoRA over the same in bfloat16."""
+    shared = {"library": "pegbox", "method": "lora", "steps": 1, "forward": False}
+    return Pair(
+        "lora-nf4",
+        "LoRA over nf4",
+        "training",
+        {"dtype": NF4, **shared},
+        {"dtype": "bf16", **shared},
+        (
+            Bar("time of a step, of that over bfloat16", ratio("ours.step", "theirs.step"), at_most=2.0),
+            Bar("what the blocks' linears keep, of bfloat16", ratio("ours.linears", "theirs.linears"), at_most=0.3),
+            Bar("peak memory, of that over bfloat16", MEMORY),
+        ),
+        note=QUANTISED,
+    )
+
+
+QUANTISED = (
+    "The linears of the blocks in bitsandbytes' nf4 with double quantisation, embedding and head in bfloat16. They are "
+    "decoded in the forward and again in the backward pass, never kept."
+)
 S2FT = (
     "S2FT beside Pegbox's own LoRA of rank 16 on all linears, both through the same loss. Where a processor multiplies "
     "bfloat16 slowly, LoRA's kernel widens the products of every linear, S2FT's those of mlp.down: the others are "
@@ -306,5 +328,5 @@ def _starting() -> Pair:
 
 def pairs() -> dict[str, Pair]:
     """Every pair by name, in the order of the report."""
-    training = (*_loras(), *_others(), *_selections(), _chat(), *map(_denoising, DTYPES))
+    training = (*_loras(), *_others(), *_selections(), _quantised(), _chat(), *map(_denoising, DTYPES))
     return {pair.name: pair for pair in (*training, *map(_decoding, DTYPES), _starting())}

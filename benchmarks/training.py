@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import memory
-from benchmarks.models import ALPHA, RANK, batch, llama
+from benchmarks.models import ALPHA, RANK, batch, linear_bytes, llama
 
 LEARNING_RATE = 1e-4
 PROMPT_TOKENS = 20  # of prompts, and pairs a layer of prefixes
@@ -33,6 +33,7 @@ def measure(library: str, method: str, dtype: str, steps: int, forward: bool) ->
         forward: whether to time the forward too.
     """
     model = llama(dtype, biases=method == "bitfit").train()
+    linears = linear_bytes(model)
     side: Side = {"pegbox": _pegbox, "peft": _peft}[library]
     before = memory.resident()
     memory.forget_peak()
@@ -51,6 +52,7 @@ def measure(library: str, method: str, dtype: str, steps: int, forward: bool) ->
         "first_loss": first,
         "trained": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         "optimizer": _held(optimizer),
+        "linears": linears,
     }
 
 
