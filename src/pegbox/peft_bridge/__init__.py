@@ -111,7 +111,7 @@ def of_config(config: Mapping[str, Any], named: str | None = None) -> type[PeftM
 
 
 def _check_known(config: Mapping[str, Any], kind: str) -> None:
-    """Raise AdapterError if a file has a setting that the installed PEFT lacks, and with a value that says something."""
+    """Raise AdapterError if a file has a setting that the installed PEFT lacks, with a value that says something."""
     import dataclasses
 
     import peft

@@ -92,7 +92,7 @@ def _found(tuner: Any, model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     attention = (AdaptedAttention, AdaptedAttentionGPT)
-    kinds = (BaseTunerLayer, *attention)
+    kinds: tuple[type[Any], ...] = (BaseTunerLayer, *attention)
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, kinds) and not any(path.startswith(f"{outer}.") for outer in found):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pegbox.core import Base, Graft, Site
+from pegbox.core import Base, Graft
 from pegbox.core.layout import is_conv1d
-from pegbox.core.site import widened
+from pegbox.core.site import ModuleSite, widened
 from pegbox.peft_bridge.harvest import ADAPTER, Bank, quiet
 from pegbox.peft_bridge.kinds import Facts
 from pegbox.peft_bridge.stand_in import Beneath, Under, stand_in
@@ -28,7 +28,7 @@ class LayerGraft(Graft):
 
     any_layout = True  # PEFT's layers know their modules
 
-    def __init__(self, site: Site, layer: nn.Module, bank: Bank, facts: Facts) -> None:
+    def __init__(self, site: ModuleSite, layer: nn.Module, bank: Bank, facts: Facts) -> None:
         super().__init__()
         self.layer = layer
         self.holds = bank.holds
@@ -123,7 +123,7 @@ class LayerGraft(Graft):
 class _Linear:
     """W x + b in the place of a linear site, with these parameters: W (out, in), b (out,) or none."""
 
-    def __init__(self, site: Site, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, site: ModuleSite, weight: Tensor, bias: Tensor | None) -> None:
         self.turned, self.weight, self.bias = is_conv1d(site.module), weight, bias
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pegbox.core import Anatomy, Graft, Method, Site, Traits, Tuned, setting
 from pegbox.core.adapter import Adapter, check_fit, path_of
 from pegbox.core.errors import SettingsError, TargetError
+from pegbox.core.site import ModuleSite
 from pegbox.peft_bridge.harvest import Bank, file_names, harvest, mounted, put, quiet, refusal
 from pegbox.peft_bridge.kinds import WITHHELD, Facts, facts
 from pegbox.peft_bridge.layer_graft import LayerGraft
@@ -74,11 +75,9 @@ class PeftMethod(Method):
 
     def graft(self, site: Site, shared: nn.Module | None) -> Graft | None:
         assert isinstance(shared, Bank)
+        assert isinstance(site, ModuleSite)
         layer = shared.take(site.path)
-        return None if layer is None else self._around(site, layer, shared)
-
-    def _around(self, site: Site, layer: nn.Module, bank: Bank) -> LayerGraft:
-        return LayerGraft(site, layer, bank, self.facts)
+        return None if layer is None else LayerGraft(site, layer, shared, self.facts)
 
     def peft_config(self, model: nn.Module, anatomy: Anatomy) -> Any:
         """PEFT's configuration for these settings on this model.
@@ -196,7 +195,7 @@ def method_class(tuner: str) -> type[PeftMethod]:
     known = facts(tuner)
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(tuner.upper())]
     targets = setting(known.targets, "roles, leaf names, paths, all-linear, or a regex over paths")
-    cls = dataclasses.make_dataclass(
+    made: type[PeftMethod] = dataclasses.make_dataclass(
         f"Peft_{tuner}",
         [("targets", str | tuple[str, ...], targets), *offered(config, known)],
         bases=(_base(known),),
@@ -213,7 +212,7 @@ def method_class(tuner: str) -> type[PeftMethod]:
         frozen=True,
         kw_only=True,
     )
-    return cls
+    return made
 
 
 def _base(known: Facts) -> type[PeftMethod]:
@@ -238,10 +237,15 @@ def _traits(known: Facts) -> Traits:
 
 
 def _kinds(known: Facts) -> tuple[type[nn.Module], ...]:
-    return {"linears": (nn.Linear,), "matrices": MATRICES, "modules": (nn.Module,)}[known.kinds]
+    return KINDS[known.kinds]
 
 
 MATRICES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "linears": (nn.Linear,),
+    "matrices": MATRICES,
+    "modules": (nn.Module,),
+}
 
 
 def _offered_names(cls: type[Method]) -> list[str]:

@@ -46,8 +46,8 @@ class Encoded(VirtualTokens):
             made: Tensor = self.encoder(indices)[0]
             return made
         tasks = self.context[0].read("task_ids", indices.new_zeros(len(embedded)), like=indices)
-        made = self.encoder(indices.expand(len(tasks), -1), tasks)
-        return made
+        of_rows: Tensor = self.encoder(indices.expand(len(tasks), -1), tasks)
+        return of_rows
 
     def table(self) -> Tensor:
         """(n, d), what PEFT's file holds: the encoder's outputs, or its table where tasks differ."""
@@ -79,7 +79,7 @@ class PromptMethod(PeftMethod):
     def encoder(self, config: Any, table: nn.Module) -> nn.Module:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-        cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
         with quiet():
             made: nn.Module = cls(config, table) if self.tuner.endswith("prompt_tuning") else cls(config)
         return made.float().to(next(table.parameters()).device)

@@ -31,7 +31,7 @@ ALIASES: dict[str, Callable[[str], bool]] = {
 
 
 def offered(config: type, facts: Facts) -> list[tuple[str, Any, Any]]:
-    """(name, type, field) for `dataclasses.make_dataclass`, of all settings that a PEFT configuration gives a method."""
+    """(name, type, field) for `dataclasses.make_dataclass`, of all settings of a PEFT configuration."""
     hints = typing.get_type_hints(config)
     return [_field(f, hints[f.name], facts) for f in dataclasses.fields(config) if f.init and f.name not in OURS]
 
@@ -95,7 +95,7 @@ def _union(members: Iterable[Any], without: Iterable[str]) -> Any:
 
 def _literal(values: list[Any], without: Iterable[str]) -> Any:
     kept = tuple(v for v in values if v not in without)
-    return Literal[kept] if kept else None  # type: ignore[valid-type]
+    return Literal[kept] if kept else None
 
 
 def as_setting(value: Any) -> Any:

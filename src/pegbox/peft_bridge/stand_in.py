@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pegbox.core import Base, Site
+from pegbox.core import Base
+from pegbox.core.site import ModuleSite
 
 
 class Beneath(Protocol):
@@ -43,7 +44,7 @@ class Under:
 class StandIn(nn.Module):
     """In the place of a site's module, inside a tuner layer."""
 
-    site: Site
+    site: ModuleSite
     beneath: Beneath | None
 
     @property
@@ -72,9 +73,10 @@ class StandIn(nn.Module):
             return getattr(self.site.module, name)
 
 
-def stand_in(site: Site) -> StandIn:
+def stand_in(site: ModuleSite) -> StandIn:
     """One for a site; `isinstance` takes it for the site's module."""
-    cls = _class(type(site.module))
+    kind: Any = type(site.module)
+    cls = _class(kind)
     made = cls.__new__(cls)
     nn.Module.__init__(made)
     made.__dict__.update(site=site, beneath=None)
