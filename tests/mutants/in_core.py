@@ -117,10 +117,6 @@ def in_use(original: Any, self: Any, name: Any = None) -> Any:
     return original(self, self.active[-1])
 
 
-def anything(self: Any, base: Any, *args: Any, **kwargs: Any) -> Any:
-    return base(*args, **kwargs)
-
-
 def unordered(original: Any, at: Any, outputs: Any, order: Any) -> Any:
     return original(at, outputs, torch.arange(len(order)))
 
@@ -260,7 +256,9 @@ MUTANTS = [
     Mutant("a_stack_runs_all", SERIES, "only the last runs", around(tuned, "chain", last_alone)),
     Mutant("a_sum_adds_changes", DORA, "weights of a sum are ignored", around(compose, "sum_of", unweighted)),
     Mutant("a_sum_merges", LORA, "weights of a sum are ignored", around(compose, "sum_of", unweighted)),
-    Mutant("a_sum_is_refused", PROMPT, "a sum that adds nothing", put(compose.OutputSum, "run", anything)),
+    Mutant(
+        "a_sum_is_refused", PROMPT, "a sum that adds nothing", put(compose, "sum_of", lambda weights, grafts: grafts[0])
+    ),
     Mutant("rows_are_each_alone", DORA, "groups are not put back in order", around(rows, "_join", unordered)),
     Mutant("rows_are_each_alone", LORA, "factors go to the next row", around(rows, "_gather", shifted)),
     Mutant("rows_train", LORA, "a gathered factor is detached", around(rows, "_gather", detached)),
