@@ -33,7 +33,7 @@ from pegbox.core.tuned import Tuned
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_ROOT = "base_model.model."
-PROMPT_ROOT = "base_model."  # of a module trained whole beside a prompt
+PROMPT_ROOT = "base_model."  # the same in the file of a prompt, where PEFT puts nothing around the model
 Bridge = Callable[[Mapping[str, Any], str | None], "type[Method] | None"]
 UNPICKLED = (
     "a pickle can run code, so none is read: load it where you trust it and save it again with safe_serialization=True"
@@ -211,20 +211,29 @@ def _written(tuned: Tuned, adapter: Adapter, state: State) -> State:
     written = adapter.method.to_file(tuned.model, adapter, own)
     if written is None:
         return to_file(state, adapter.method, _layout(tuned, adapter), tuned.sites)
-    return written | {_copy_key(key): value for key, value in copies.items()}
+    return written | {_copy_key(key, adapter.method): value for key, value in copies.items()}
 
 
 def _own_from_file(tensors: State, tuned: Tuned, adapter: Adapter) -> State | None:
     """A state from a file of a method that has its own word on it, else None."""
     mine = [key for key in adapter.own_state() if key.startswith("copy.")]
-    copies = {_copy_key(key): key for key in mine} | {PROMPT_ROOT + key.removeprefix("copy."): key for key in mine}
+    copies = {_copy_key(key, adapter.method): key for key in mine}
     rest = {key: value for key, value in tensors.items() if key not in copies}
     state = adapter.method.from_file(tuned.model, adapter, rest)
-    return None if state is None else state | {copies[k]: v for k, v in tensors.items() if k in copies}
+    if state is None:
+        return None
+    own = {key: value for key, value in state.items() if key not in mine}
+    return own | {copies[key]: value for key, value in tensors.items() if key in copies}
 
 
-def _copy_key(key: str) -> str:
-    return PEFT_ROOT + key.removeprefix("copy.")
+def _copy_key(key: str, method: Method) -> str:
+    """PEFT's key of a module trained whole."""
+    return _root(type(method)) + key.removeprefix("copy.")
+
+
+def _root(method: type[Method]) -> str:
+    """What stands before the path of a module in PEFT's files."""
+    return PROMPT_ROOT if "tokens" in method.traits.seams else PEFT_ROOT
 
 
 def to_file(state: State, method: Method, layout: PeftLayout | None, sites: Mapping[str, Site]) -> State:
@@ -233,9 +242,12 @@ def to_file(state: State, method: Method, layout: PeftLayout | None, sites: Mapp
         return state
     out: State = {}
     for prefix, tensors in _grouped(state).items():
-        packed, site = tensors if prefix.startswith("copy.") else method.pack(tensors), _site_of(prefix, sites)
+        if prefix.startswith("copy."):
+            out |= {_copy_key(f"{prefix}{leaf}", method): value for leaf, value in tensors.items()}
+            continue
+        site = _site_of(prefix, sites)
         here = peft_shapes.layout_at(layout, site)
-        for leaf, value in packed.items():
+        for leaf, value in method.pack(tensors).items():
             out[_file_key(f"{prefix}{leaf}", here)] = peft_shapes.shaped(value, leaf, layout, site)
     return out
 
@@ -255,14 +267,16 @@ def from_file(
     state: State = {}
     rest = dict(tensors)
     for prefix, mine in _grouped(own).items():
+        if prefix.startswith("copy."):
+            copies = {f"{prefix}{leaf}": _copy_key(f"{prefix}{leaf}", method) for leaf in mine}
+            state |= {ours: rest.pop(key) for ours, key in copies.items() if key in rest}
+            continue
         site = _site_of(prefix, sites)
         here = peft_shapes.layout_at(layout, site) or layout
-        leaves = mine if prefix.startswith("copy.") else here.tensors
-        keys = {leaf: _file_key(f"{prefix}{leaf}", here) for leaf in leaves}
+        keys = {leaf: _file_key(f"{prefix}{leaf}", here) for leaf in here.tensors}
         found = {leaf: rest.pop(key) for leaf, key in keys.items() if key in rest}
         found = {leaf: peft_shapes.unshaped(value, leaf, layout, site) for leaf, value in found.items()}
-        unpacked = found if prefix.startswith("copy.") else method.unpack(found, mine)
-        state |= {f"{prefix}{leaf}": value for leaf, value in unpacked.items()}
+        state |= {f"{prefix}{leaf}": value for leaf, value in method.unpack(found, mine).items()}
     return state | rest
 
 
@@ -279,10 +293,7 @@ def _file_key(key: str, layout: PeftLayout | None) -> str:
     """`graft.PATH.a` -> `base_model.model.PATH.lora_A.weight`, where PEFT has the method."""
     if layout is None:
         return key
-    tree, _, rest = key.partition(".")
-    if tree == "copy":
-        return PEFT_ROOT + rest
-    path, _, leaf = rest.rpartition(".")
+    path, _, leaf = key.partition(".")[2].rpartition(".")
     if leaf not in layout.tensors:  # what PEFT computes from, and does not keep
         return key
     theirs = layout.tensors[leaf]
@@ -353,7 +364,7 @@ def _from_peft(config: Mapping[str, Any], method: type[Method], tensors: State) 
     named = {key: _peft_path(key, (*layout.tensors.values(), *layout.embedding.values())) for key in tensors}
     if paths := sorted({path for path in named.values() if path}):
         settings["targets"] = tuple(paths)
-    rest = [key.removeprefix(PEFT_ROOT) for key, path in named.items() if path is None]
+    rest = [key.removeprefix(_root(method)) for key, path in named.items() if path is None]
     return AdapterFile(
         method=method.name(),
         settings=settings,
@@ -371,7 +382,7 @@ def _bridged(config: Mapping[str, Any], method: type[Method], tensors: State) ->
         settings = method.from_peft(config)
     except SettingsError as error:
         raise AdapterError(f"HF PEFT's {config.get('peft_type')} adapter: {error}") from error
-    keys = [key.removeprefix(PEFT_ROOT).removeprefix(PROMPT_ROOT) for key in tensors]
+    keys = [key.removeprefix(_root(method)) for key in tensors]
     return AdapterFile(
         method=method.name(),
         settings=settings,

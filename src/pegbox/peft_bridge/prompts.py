@@ -94,24 +94,22 @@ class PromptMethod(PeftMethod):
     def to_file(self, model: nn.Module, adapter: Adapter, state: State) -> State:
         """What the encoder has made, by PEFT's key; and the encoder, where it made that of something else."""
         tasks = {name: state[f"shared.encoder.{name}"].clone() for name in TASKS if f"shared.encoder.{name}" in state}
-        own = {} if self._is_table(state) else dict(state)
+        own = {} if _is_table(state, adapter) else dict(state)
         return own | {MADE: _table(adapter)} | tasks
 
     def from_file(self, model: nn.Module, adapter: Adapter, tensors: State) -> State:
-        want = {key: value.detach() for key, value in adapter.own_state().items()}
-        if not self._is_table(want):
+        want = {key: value.detach() for key, value in adapter.own_state().items() if not key.startswith("copy.")}
+        if not _is_table(want, adapter):
             check_fit(tensors, want | {MADE: _table(adapter)}, "the adapter")
             return {key: tensors[key] for key in want}
-        names = {key: key.rpartition(".")[2] if key.endswith(TASKS) else MADE for key in want}
-        check_fit(tensors, {names[key]: value for key, value in want.items()}, "the adapter")
-        return {key: tensors[name] for key, name in names.items()}
-
-    def _is_table(self, state: State) -> bool:
-        """Whether the encoder is no more than the table of what it makes."""
-        return len([key for key in state if not key.endswith(TASKS)]) == 1
+        tasks = {key: key.rpartition(".")[2] for key in want if key.endswith(TASKS)}
+        rows = {key: len(value) for key, value in want.items() if key not in tasks}
+        check_fit(tensors, {MADE: _table(adapter)} | {name: want[key] for key, name in tasks.items()}, "the adapter")
+        parts = zip(rows, tensors[MADE].split(list(rows.values())), strict=True)
+        return dict(parts) | {key: tensors[name] for key, name in tasks.items()}
 
     def file_config(self, adapter: Adapter) -> dict[str, Any]:
-        return plain_config(adapter.shared.config)  # type: ignore[union-attr]
+        return plain_config(_shared(adapter).config)
 
 
 class EncodedPairs(Pairs):
@@ -154,10 +152,20 @@ class PrefixMethod(PromptMethod):
         return prefix_graft(site, shared)
 
 
+def _is_table(state: State, adapter: Adapter) -> bool:
+    """Whether the encoder is no more than the table of what it makes, in one piece or in several."""
+    rows = [len(value) for key, value in state.items() if not key.endswith(TASKS)]
+    return sum(rows) == _shared(adapter).count
+
+
+def _shared(adapter: Adapter) -> Encoded | EncodedPairs:
+    assert isinstance(adapter.shared, (Encoded, EncodedPairs))
+    return adapter.shared
+
+
 @torch.no_grad()
 def _table(adapter: Adapter) -> Tensor:
-    shared = adapter.shared
-    assert isinstance(shared, (Encoded, EncodedPairs))
+    shared = _shared(adapter)
     was = shared.training
     shared.eval()
     try:
