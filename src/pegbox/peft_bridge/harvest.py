@@ -13,8 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pegbox.core import storage
 from pegbox.core.errors import SettingsError, TargetError
 from pegbox.core.site import Site
+from pegbox.peft_bridge.kinds import Facts, facts
+from pegbox.peft_bridge.stand_in import Decoded
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, AttributeError, LookupError, RuntimeError, AssertionError)
 ADAPTER = "default"  # PEFT's name of the one adapter that a harvested layer holds
@@ -52,6 +55,7 @@ def harvest(model: nn.Module, config: Any, what: str) -> Bank:
     """
     with borrowed(model), quiet():
         _without_sites(model)
+        _decode(model, facts(config.peft_type.value.lower()))
         try:
             tuner = _tuner_class(config)(model, {ADAPTER: config}, ADAPTER)
         except REFUSALS as error:
@@ -61,6 +65,7 @@ def harvest(model: nn.Module, config: Any, what: str) -> Bank:
     tuner.__dict__.pop("forward", None)  # adaption prompt keeps the model's own
     for layer in layers.values():
         _widen(layer, layer._modules[holds])
+        _freeze_counts(layer)
     for child in tuner.children():
         _widen(child, None)
     return Bank(tuner, config, layers, holds)
@@ -71,6 +76,20 @@ def _without_sites(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), Site):
             del module.__dict__["forward"]
+
+
+def _decode(model: nn.Module, known: Facts) -> None:
+    """Plain linears in the place of quantised ones, of which PEFT knows some with some tuners."""
+    for holder in list(model.modules()) if known.how == "layers" else ():
+        for name, module in holder._modules.items():
+            if not isinstance(module, nn.Linear) or not storage.name(module, "weight"):
+                continue
+            holder._modules[name] = _plain(module) if known.of_class else Decoded(module)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    value = storage.decoded(module, "weight")
+    return storage.rebuilt(module, "weight", value.to(storage.dtype(module, "weight")))
 
 
 def refusal(error: Exception, what: str) -> SettingsError | TargetError:
@@ -113,6 +132,15 @@ def _widen(module: nn.Module, without: nn.Module | None) -> None:
         for name, value in sub._buffers.items():
             if value is not None and value.is_floating_point():
                 sub._buffers[name] = value.float()
+
+
+def _freeze_counts(layer: nn.Module) -> None:
+    """What is no weight, AdaLoRA's count of ranks, does not train; PEFT lets it on a half-precision base."""
+    own = getattr(layer, "adapter_layer_names", ())
+    for name in getattr(layer, "other_param_names", ()):
+        kept = layer._modules.get(name)
+        if name not in own and isinstance(kept, nn.ParameterDict):
+            kept.requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pegbox.core import Base, Graft
 from pegbox.core.layout import is_conv1d
-from pegbox.core.site import ModuleSite, widened
+from pegbox.core.site import ModuleSite, first_tensor, widened
 from pegbox.peft_bridge.harvest import ADAPTER, Bank, quiet
 from pegbox.peft_bridge.kinds import Facts
 from pegbox.peft_bridge.stand_in import Beneath, Under, stand_in
@@ -42,9 +42,12 @@ class LayerGraft(Graft):
         return self(base, *args, **kwargs) if self.facts.casts else super().run(base, *args, **kwargs)
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        if base.site.rounds_inputs:  # what the layer adds is to the product with the decoded matrix, as merging is
+            base = base.with_values({"weight": base.read("weight")})
         if self.facts.of_tasks:
             kwargs["task_ids"] = self._tasks(base, args[0])
-        with self._above(Under(base)):
+        like = first_tensor(args)
+        with self._above(Under(base, None if like is None else like.dtype)):
             return self.layer(*args, **kwargs)
 
     def _tasks(self, base: Base, x: Tensor) -> Tensor:

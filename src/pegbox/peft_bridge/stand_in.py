@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from pegbox.core import Base
+from pegbox.core import Base, storage
 from pegbox.core.site import ModuleSite
 
 
@@ -27,18 +28,21 @@ class Beneath(Protocol):
 class Under:
     """What lies beneath a graft."""
 
-    def __init__(self, base: Base) -> None:
-        self.base = base
+    def __init__(self, base: Base, dtype: torch.dtype | None = None) -> None:
+        self.base, self.dtype = base, dtype  # of the inputs, in which a quantised matrix is decoded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)
 
     def kept(self, parameter: str) -> Tensor:
-        """The module's own where no graft beneath maps it, else the image in its layout and dtype."""
+        """The module's own where no graft beneath maps it and it is plain numbers, else in its layout and dtype."""
         base = self.base
         mapped = parameter in base.values or any(parameter in graft.maps for graft in base.grafts)
+        quantised = storage.name(base.site.module, parameter) is not None
+        if mapped or quantised:
+            return base.site.stored(parameter, base.read(parameter), self.dtype if quantised else None)
         own: Tensor = getattr(base.site.module, parameter)
-        return base.site.stored(parameter, base.read(parameter)) if mapped else own
+        return own
 
 
 class StandIn(nn.Module):
@@ -57,7 +61,9 @@ class StandIn(nn.Module):
 
     def _parameter(self, name: str) -> Any:
         own = getattr(self.site.module, name)
-        return own if self.beneath is None or not isinstance(own, Tensor) else self.beneath.kept(name)
+        if not isinstance(own, Tensor):
+            return own
+        return storage.decoded(self.site.module, name) if self.beneath is None else self.beneath.kept(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.beneath is None:
@@ -74,13 +80,29 @@ class StandIn(nn.Module):
 
 
 def stand_in(site: ModuleSite) -> StandIn:
-    """One for a site; `isinstance` takes it for the site's module."""
-    kind: Any = type(site.module)
+    """One for a site; `isinstance` takes it for the site's module, or for a plain linear if that is quantised."""
+    kind: Any = type(site.module) if site.quantised is None else nn.Linear
     cls = _class(kind)
     made = cls.__new__(cls)
     nn.Module.__init__(made)
     made.__dict__.update(site=site, beneath=None)
     return made
+
+
+class Decoded(nn.Linear):
+    """A quantised linear as a plain one, while PEFT makes its layers; the matrix is decoded whenever it is read."""
+
+    def __init__(self, module: Any) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = module.in_features, module.out_features
+        self.bias = module.bias
+        self.of = (module,)  # not this one's own
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        (module,) = self.of
+        value = storage.decoded(module, "weight").to(storage.dtype(module, "weight"))
+        return nn.Parameter(value, requires_grad=False)
 
 
 @functools.cache
