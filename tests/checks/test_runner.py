@@ -129,7 +129,7 @@ def test_what_does_not_apply_says_why() -> None:
 
 
 def test_a_check_that_crashes_is_a_failure_with_its_place() -> None:
-    with mock.patch("pegbox.methods.lora.low_rank_pair", side_effect=ZeroDivisionError("no")):
+    with mock.patch("pegbox.methods.lora.LoRAGraft.start", side_effect=ZeroDivisionError("no")):
         result = status("starts_as_declared")
     assert result.status == "fail"
     assert result.message.startswith("ZeroDivisionError: no (mock.py:")

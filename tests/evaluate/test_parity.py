@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pegbox
-from pegbox.core import LowRankGraft, Site, Tuned
+from pegbox.core import LowRankGraft, Tuned
+from pegbox.core.site import ModuleSite
 from pegbox.core import tuned as tuned_module
 from pegbox.core.errors import CannotMerge, ParityError
 from pegbox.core.low_rank import as_matrix
@@ -148,15 +149,15 @@ def test_the_module_that_was_left_out_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_detour_through_bfloat16_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = tiny.tuned(tiny.llama(), rank=4)
-    right = Site.stored
-    monkeypatch.setattr(Site, "stored", lambda self, name, value: right(self, name, value.bfloat16()))
+    right = ModuleSite.stored
+    monkeypatch.setattr(ModuleSite, "stored", lambda self, name, value: right(self, name, value.bfloat16()))
     with pytest.raises(ParityError, match="merged differs from adapter"):
         gate(tuned)
 
 
 def test_a_conv1d_weight_stored_the_wrong_way_round_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = tiny.tuned(tiny.gpt2(), rank=4, targets=("attn.c_proj",))
-    monkeypatch.setattr(Site, "stored", lambda self, name, value: value.to(torch.float32).contiguous())
+    monkeypatch.setattr(ModuleSite, "stored", lambda self, name, value: value.to(torch.float32).contiguous())
     with pytest.raises(ParityError, match="merged differs from adapter"):
         gate(tuned)
 
@@ -170,7 +171,7 @@ def test_a_head_that_is_not_merged_is_caught(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_head_merged_into_the_tied_embedding_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def swap(self: Tuned, site: Site, dotted: str, value: Tensor) -> None:
+    def swap(self: Tuned, site: ModuleSite, dotted: str, value: Tensor) -> None:
         kept = getattr(site.module, dotted)
         self._unmerged[f"{site.path}.{dotted}"] = (site.module, dotted, nn.Parameter(kept.detach().clone()))  # type: ignore[index]
         kept.data.copy_(value)

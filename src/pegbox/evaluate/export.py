@@ -128,7 +128,7 @@ def export(
 def _open(
     chosen: ExportSettings, model: str | os.PathLike[str] | nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> Opened:
-    method = methods.get(files.read(chosen.adapter, methods.catalogue().values()).method)
+    method = methods.get(methods.read(chosen.adapter).method)
     if chosen.format == "merged" and method.traits.merge == "no":
         raise CannotMerge(
             f"{method.name()} changes more than weights, so it has no merged form; "

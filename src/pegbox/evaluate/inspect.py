@@ -114,7 +114,7 @@ def about_adapter(folder: Path) -> str:
     """
     from pegbox.core import files
 
-    file = files.read(folder, methods.catalogue().values())
+    file = methods.read(folder)
     count = sum(t.numel() for t in file.tensors.values())
     size = (folder / files.TENSORS).stat().st_size
     extra = {k: f"{len(v)} of them" if isinstance(v, list) and len(v) > 8 else v for k, v in file.extra.items()}
