@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench effects mutants docs setup clean
+.PHONY: demo test lint bench effects mutants peft docs setup clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,9 @@ effects: $(STAMP)  ## every method's effect on real data (about 15 minutes); rew
 
 mutants: $(STAMP)  ## plant one defect per conformance check and see it caught
 	$(BIN)/python -m tests.mutants
+
+peft: $(STAMP)  ## the conformance suite over every tuner of the installed HF PEFT (about half an hour)
+	$(BIN)/python -m tests.peft_bridge
 
 docs: $(STAMP)  ## the documentation site, in site/
 	$(BIN)/python docs/generate.py

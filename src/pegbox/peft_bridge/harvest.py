@@ -20,6 +20,7 @@ from pegbox.peft_bridge.kinds import Facts, facts
 from pegbox.peft_bridge.stand_in import Decoded
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, AttributeError, LookupError, RuntimeError, AssertionError)
+ADJUSTED = "Invalid `"  # how PEFT's warnings begin that a setting is another from now on
 ADAPTER = "default"  # PEFT's name of the one adapter that a harvested layer holds
 
 
@@ -57,8 +58,10 @@ def harvest(model: nn.Module, config: Any, what: str) -> Bank:
         _without_sites(model)
         _decode(model, facts(config.peft_type.value.lower()))
         try:
-            tuner = _tuner_class(config)(model, {ADAPTER: config}, ADAPTER)
-        except REFUSALS as error:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", ADJUSTED)
+                tuner = _tuner_class(config)(model, {ADAPTER: config}, ADAPTER)
+        except (*REFUSALS, UserWarning) as error:
             raise refusal(error, what) from error
         holds, layers = _found(tuner, model)
     tuner._modules.pop("model")
