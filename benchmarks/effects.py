@@ -18,7 +18,7 @@ RUN, DEMO = Path("runs/effects"), Path("runs/demo")
 SETTING = (
     "all-MiniLM-L6-v2 on banking77 (77 intents, 20 training examples of each, the test questions), the classifier "
     "started from the linear probe; the same learning-rate trials for every method, then three seeds.  The number of "
-    "examples was chosen on training rows that no method sees (docs/results/demo_choice.json); while the demo was "
+    "examples was compared on training rows that no method sees (docs/results/demo_choice.json); while the demo was "
     "first designed, the middles of the rates' grids were looked at on test rows."
 )
 BEGIN, END = "<!-- demo table -->", "<!-- end of the demo table -->"

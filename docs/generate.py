@@ -210,8 +210,8 @@ def architectures_page() -> str:
     lines = [
         "# Architectures",
         "",
-        "`targets`, `exclude` and `also_train` name modules by their role, on every architecture alike. A model that no",
-        "file describes is discovered from its structure and the names of its modules;",
+        "`targets`, `exclude` and `also_train` name modules by their role, on every architecture alike. A model that",
+        "no file describes is discovered from its structure and the names of its modules;",
         "`pegbox.anatomy.of(model).describe()` shows the roles of any model. An architecture is one file of",
         "`pegbox/anatomy`.",
         "",

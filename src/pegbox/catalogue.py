@@ -12,8 +12,6 @@ from pegbox.core.settings import schema
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pegbox.core.method import Method
-
 
 def describe(name: str) -> dict[str, Any]:
     """One method as plain values: what its file says, its card, seams, traits, schema of settings and docs page."""

@@ -71,7 +71,9 @@ def test_a_page_without_misses_says_so() -> None:
 def test_the_mean_over_peft_is_geometric_and_of_medians() -> None:
     """Pairs that compare with something else do not count, and one that is unmeasured leaves no mean."""
     theirs = {"library": "peft"}
-    known = {name: Pair(name, name, "training", {}, theirs, (SPEED,)) for name in ("twice", "half")} | {"own": pair("own")}
+    known = {name: Pair(name, name, "training", {}, theirs, (SPEED,)) for name in ("twice", "half")} | {
+        "own": pair("own")
+    }
     half = {"peak": 1.0}
     results = {
         name: {"rounds": [{"ours": {"step": 1.0} | half, "theirs": {"step": s} | half} for s in steps]}

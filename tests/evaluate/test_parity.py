@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import pegbox
 from pegbox.core import LowRankGraft, Tuned
-from pegbox.core.site import ModuleSite
 from pegbox.core import tuned as tuned_module
 from pegbox.core.errors import CannotMerge, ParityError
 from pegbox.core.low_rank import as_matrix
+from pegbox.core.site import ModuleSite
 from pegbox.evaluate import parity, saved
 from pegbox.evaluate.parity import Probe, compare, gate
 

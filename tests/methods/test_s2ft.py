@@ -258,9 +258,7 @@ def test_heads_need_a_configuration_that_counts_them() -> None:
             super().__init__()
             self.layers = nn.ModuleList(nn.ModuleDict({"self_attn": Attention()}) for _ in range(2))
 
-    with pytest.raises(
-        TargetError, match=r"key and value heads at layers\.0\.self_attn\.v_proj is not known"
-    ):
+    with pytest.raises(TargetError, match=r"key and value heads at layers\.0\.self_attn\.v_proj is not known"):
         pegbox.tune(Model(), "s2ft", down=0.0, v=0.5)
 
 

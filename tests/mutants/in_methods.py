@@ -191,9 +191,7 @@ MUTANTS = [
         "`weight` is not the product of the factors",
         around(LoRAGraft, "weight", lambda original, self, w: original(self, w) + 0.01 * w.square()),
     ),
-    Mutant(
-        "merging_is_refused", SERIES, "an activation claims to be a weight", put(SeriesGraft, "maps", ("weight",))
-    ),
+    Mutant("merging_is_refused", SERIES, "an activation claims to be a weight", put(SeriesGraft, "maps", ("weight",))),
     Mutant(
         "drawn_values_are_in_the_file",
         MASKED,

@@ -9,7 +9,9 @@ import typer
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show this method: equation, settings, traits; peft lists HF PEFT's own.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this method: equation, settings, traits; peft lists HF PEFT's own.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything the registry knows, as JSON.")] = False,
 ) -> None:
     """List the methods, or show one."""

@@ -261,7 +261,7 @@ class Method:
         return type(self).calibrate is not Method.calibrate
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One graft's tensors, by own name, as HF PEFT's file has them: those of `traits.peft.tensors`, in its shapes."""
+        """One graft's tensors, by own name, as HF PEFT's file has them: `traits.peft.tensors`, in its shapes."""
         return dict(tensors)
 
     def unpack(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def legend_columns(names: Sequence[str], width: float) -> int:
 
 
 def sideways(costs: Sequence[float], *, logarithmic: bool) -> list[float]:
-    """How far each point is drawn from its place, in 72nds of an inch, so that those of nearly one cost stand side by side."""
+    """How far each point is drawn from its place, in 72nds of an inch: those of nearly one cost stand side by side."""
     places = [math.log(cost) if logarithmic else cost for cost in costs]
     span = max(places) - min(places) or 1.0
     order = sorted(range(len(places)), key=lambda k: places[k])
