@@ -150,14 +150,14 @@ def test_the_module_that_was_left_out_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_a_detour_through_bfloat16_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = tiny.tuned(tiny.llama(), rank=4)
     right = ModuleSite.stored
-    monkeypatch.setattr(ModuleSite, "stored", lambda self, name, value: right(self, name, value.bfloat16()))
+    monkeypatch.setattr(ModuleSite, "stored", lambda self, name, value, *_: right(self, name, value.bfloat16()))
     with pytest.raises(ParityError, match="merged differs from adapter"):
         gate(tuned)
 
 
 def test_a_conv1d_weight_stored_the_wrong_way_round_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = tiny.tuned(tiny.gpt2(), rank=4, targets=("attn.c_proj",))
-    monkeypatch.setattr(ModuleSite, "stored", lambda self, name, value: value.to(torch.float32).contiguous())
+    monkeypatch.setattr(ModuleSite, "stored", lambda self, name, value, *_: value.to(torch.float32).contiguous())
     with pytest.raises(ParityError, match="merged differs from adapter"):
         gate(tuned)
 
