@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pegbox.core.errors import ModelError
+from pegbox.core.errors import DataError, ModelError
 from pegbox.data.collate import LabelCollator
 from pegbox.data.encoded import EncodedLabel
 from pegbox.train import probe as probes
@@ -58,3 +58,11 @@ def test_a_head_that_starts_from_the_probe_is_the_probe() -> None:
     torch.testing.assert_close(head(x), probe.logits(x))
     with pytest.raises(ModelError, match="warm_start=false"):
         probes.put(probe, nn.Linear(7, 3))
+
+
+def test_rows_of_one_class_are_refused_and_two_rows_will_do() -> None:
+    one = Features(torch.randn(6, 6), torch.zeros(6, dtype=torch.long))
+    with pytest.raises(DataError, match="all 6 training rows are of one class"):
+        probes.linear_probe(one, None, 2)
+    two = probes.linear_probe(Features(torch.eye(2), torch.tensor([0, 1])), None, 2)
+    assert two.penalty == 1.0

@@ -5,12 +5,14 @@ Nothing heavy is imported until a command runs, so that `pegbox --help` answers 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
 from pegbox.core.errors import PegboxError
 
 INTERRUPTED = 130  # as shells report Ctrl-C
+NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")  # what they say of kernels that they lack on being imported
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -21,6 +23,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     from pegbox.cli.app import USAGE_ERRORS, app
 
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = app(None if words is None else list(words), standalone_mode=False)
     except PegboxError as error:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pegbox import anatomy
-from pegbox.core.errors import MissingExtra, ModelError
+from pegbox.core.errors import DataError, MissingExtra, ModelError
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # scikit-learn's C, of features with a mean variance of 1
 ROUNDS = 300  # of L-BFGS
@@ -116,12 +116,15 @@ def linear_probe(train: Features, valid: Features | None, classes: int) -> Probe
 
     Raises:
         MissingExtra: scikit-learn is not installed.
+        DataError: all rows are of one class.
     """
     start = time.perf_counter()
     if valid is None:
         held = torch.arange(len(train.labels)) % 5 == 0
-        chosen = linear_probe(train.where(~held), train.where(held), classes)
-        return replace(_probes(train, (chosen.penalty,), classes)[0], seconds=time.perf_counter() - start)
+        rest, penalty = train.where(~held), 1.0
+        if len(rest.labels.unique()) > 1:
+            penalty = linear_probe(rest, train.where(held), classes).penalty
+        return replace(_probes(train, (penalty,), classes)[0], seconds=time.perf_counter() - start)
     probes = _probes(train, PENALTIES, classes)
     best = min(probes, key=lambda probe: probe.loss(valid))
     return replace(best, seconds=time.perf_counter() - start)
@@ -144,6 +147,8 @@ def _fit(values: Tensor, labels: Tensor, penalty: float, classes: int) -> tuple[
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise MissingExtra("scikit-learn", "demo", "the linear probe") from error
+    if len(labels.unique()) < 2:
+        raise DataError(f"a linear probe tells classes apart, and all {len(labels)} training rows are of one class")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         fit = LogisticRegression(C=penalty, max_iter=ROUNDS).fit(values.numpy(), labels.numpy())
