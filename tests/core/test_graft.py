@@ -56,7 +56,7 @@ def scaled(model: nn.Module, x: Tensor, by: dict[str, Tensor]) -> Tensor:
 
 def test_a_class_maps_its_parameter() -> None:
     class OfBias(WeightGraft):
-        parameter = "bias"
+        maps = ("bias",)
 
         def weight(self, w: Tensor) -> Tensor:
             return w

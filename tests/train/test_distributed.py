@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,16 +10,11 @@ import torch
 import pegbox
 
 from . import distributed, tiny
+from .launch import in_two_processes
 
 
 def test_two_processes_reach_the_loss_of_one(tmp_path: Path) -> None:
-    script = str(Path(__file__).with_name("distributed.py"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    done = subprocess.run(
-        [*launch, str(tmp_path)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = in_two_processes("distributed.py", tmp_path)
     assert found["ddp"]["as"] == "DistributedDataParallel"
     assert found["fsdp2"]["as"] == "FSDPTuned"
     for name, (method, _) in distributed.JOBS.items():

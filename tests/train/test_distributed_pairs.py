@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from . import distributed_pairs
+from .launch import in_two_processes
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
-    script = str(Path(__file__).with_name("distributed_pairs.py"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    done = subprocess.run(
-        [*launch, str(tmp_path)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = in_two_processes("distributed_pairs.py", tmp_path)
     for name, (objective, _) in distributed_pairs.JOBS.items():
         alone = distributed_pairs.job(tmp_path / f"{name} alone", objective, 1)
         assert found[name]["losses"] == pytest.approx(alone["losses"], abs=1e-4)

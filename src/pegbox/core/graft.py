@@ -30,24 +30,16 @@ class Graft(nn.Module):
     """Runs around a site.
 
     Attributes:
-        parameter: the one parameter that a weight graft maps, said by its class.
-        maps: all that it maps, `parameter` alone if nothing else is said; a class says so, or a constructor where it
-            depends on what the site has.
+        maps: the parameters that a weight graft maps; a class says so, or a constructor where it depends on
+            what the site has.
         broadcasts: its module may be called with one row that stands for all of a batch.
         sums: the changes of several at one site can be added.
     """
 
-    parameter: ClassVar[str | None] = None
     any_layout: ClassVar[bool] = False  # whether a faster forward of a weight graft knows convolutions and lookups
     maps: tuple[str, ...] = ()  # not `parameters`, which a module has already
     broadcasts: ClassVar[bool] = False
     sums: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **given: Any) -> None:
-        super().__init_subclass__(**given)
-        own = vars(cls)
-        if own.get("parameter") and "maps" not in own:
-            cls.maps = (own["parameter"],)
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} says nothing about forward")
@@ -96,7 +88,7 @@ class WeightGraft(Graft):
     A graft that maps several names them in `maps`, and says what becomes of each in `mapped`.
     """
 
-    parameter = "weight"
+    maps: tuple[str, ...] = ("weight",)
 
     @abstractmethod
     def weight(self, w: Tensor) -> Tensor:

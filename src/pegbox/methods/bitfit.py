@@ -20,7 +20,7 @@ from pegbox.core.errors import TargetError
 
 
 class BiasGraft(WeightGraft):
-    parameter = "bias"
+    maps = ("bias",)
 
     def __init__(self, site: Site) -> None:
         super().__init__()

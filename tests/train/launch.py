@@ -1,0 +1,22 @@
+"""Two processes on gloo that run a script of this folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def in_two_processes(script: str, output: Path) -> dict[str, Any]:
+    """Run `script OUTPUT` under torchrun; what it left in `found.json`."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(Path(__file__).with_name(script)), str(output)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads((output / "found.json").read_text())
+    return found
