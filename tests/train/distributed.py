@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pegbox
 from pegbox.train import Trainer
 from train import tiny
+from train.launch import end
 
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,9 +59,7 @@ def main() -> None:
     for name, (method, changes) in JOBS.items():
         found[name] = job(out / name, method, 2, **changes)
         found[f"{name} resumed"] = job(out / name, method, 2, str(out / name / "checkpoint-5"), **changes)
-    if os.environ["RANK"] == "0":
-        (out / "found.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    end(found, out)
 
 
 if __name__ == "__main__":

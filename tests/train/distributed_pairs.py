@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from pegbox.data.encoded import EncodedPair
 from pegbox.train import Trainer
 from train import tiny
 from train.distributed import FSDP2
+from train.launch import end
 
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo ddp": ("dpo", {"ddp_find_unused_parameters": False}),
@@ -54,9 +53,7 @@ def main() -> None:
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
     found = {name: job(out / name, objective, 2, **changes) for name, (objective, changes) in JOBS.items()}
-    if os.environ["RANK"] == "0":
-        (out / "found.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    end(found, out)
 
 
 if __name__ == "__main__":
