@@ -3,15 +3,14 @@
 Where HF PEFT has the method, both files are PEFT's own, key for key, so that PEFT and what reads its files load them,
 and PEFT's files load here.  Other methods use the same two names with Pegbox's keys.  What PEFT has no place for (the
 method's settings, a fingerprint of the base) is in the tensor file's header.  Files are written under a temporary name
-and renamed; nothing is ever unpickled.
+and renamed; nothing is ever unpickled.  PEFT's half of this is in `pegbox.core.peft_files`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pegbox.core import peft_shapes
+from pegbox.core import peft_files
 from pegbox.core.adapter import Adapter, State, path_of
 from pegbox.core.errors import AdapterError, SettingsError, TargetError, did_you_mean
 from pegbox.core.fingerprint import fingerprint
-from pegbox.core.method import Method, PeftLayout
+from pegbox.core.method import Method
 from pegbox.core.settings import build
 from pegbox.core.sharded import whole
-from pegbox.core.site import Site
 from pegbox.core.tuned import Tuned
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PEFT_ROOT = "base_model.model."
-PROMPT_ROOT = "base_model."  # the same in the file of a prompt, where PEFT puts nothing around the model
-Bridge = Callable[[Mapping[str, Any], str | None], "type[Method] | None"]
 UNPICKLED = (
     "a pickle can run code, so none is read: load it where you trust it and save it again with safe_serialization=True"
 )
@@ -94,13 +89,13 @@ def save(
         "base": _base_name(tuned),
         "extra": extra,
     }
-    state = _written(tuned, adapter, {key: whole(value) for key, value in tuned.state(name).items()})
+    state = _state(tuned, adapter, name)
     state = {key: value.contiguous().cpu() for key, value in state.items()}
     if not writes:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder / TENSORS, state, header)
-    _write_text(folder / CONFIG, json.dumps(_config(tuned, adapter, copies, header), indent=2, sort_keys=True))
+    _write_text(folder / CONFIG, json.dumps(_config(tuned, adapter, header), indent=2, sort_keys=True))
     return folder
 
 
@@ -108,7 +103,7 @@ def read(
     directory: str | os.PathLike[str],
     methods: Iterable[type[Method]],
     *,
-    bridge: Bridge | None = None,
+    bridge: peft_files.Bridge | None = None,
 ) -> AdapterFile:
     """Read an adapter folder written by Pegbox or by HF PEFT.
 
@@ -124,7 +119,7 @@ def read(
     config = _read_config(folder)
     header, tensors = _read_tensors(folder / TENSORS)
     if header is None:
-        return _from_peft(config, _recognise(config, known.values(), folder, bridge), tensors)
+        return from_peft(config, tensors, known.values(), folder / CONFIG, bridge)
     if header["method"] not in known and not (bridge and bridge(config, header["method"])):
         raise AdapterError(f"{folder}: unknown method {header['method']!r}{did_you_mean(header['method'], known)}")
     return AdapterFile(tensors=tensors, **{key: header[key] for key in HEADER})
@@ -162,258 +157,61 @@ def fill(file: AdapterFile, tuned: Tuned, name: str) -> None:
     Raises:
         AdapterError: a tensor has no place or the wrong shape; nothing is changed.
     """
-    adapter = tuned.adapter(name)
-    if (state := _own_from_file(file.tensors, tuned, adapter)) is not None:
-        tuned.load_state(state, name)
-        return
-    theirs = file.fingerprint is None and not file.extra  # a file of PEFT's may hold what we write otherwise
-    layout = _layout(tuned, adapter)
-    if theirs:
-        layout = adapter.method.traits.peft or type(adapter.method).traits.peft
-    tuned.load_state(from_file(file.tensors, tuned.state(name), adapter.method, layout, tuned.sites), name)
+    theirs = file.fingerprint is None and not file.extra
+    tuned.load_state(peft_files.from_file(file.tensors, tuned, name, theirs=theirs), name)
 
 
-def from_peft(config: Mapping[str, Any], tensors: State, methods: Iterable[type[Method]], where: Path) -> AdapterFile:
-    """An adapter in PEFT's terms, its configuration and its tensors by PEFT's keys, that some other file held.
+def from_peft(
+    config: Mapping[str, Any],
+    tensors: State,
+    methods: Iterable[type[Method]],
+    where: Path,
+    bridge: peft_files.Bridge | None = None,
+) -> AdapterFile:
+    """An adapter in PEFT's terms: its configuration, and its tensors by PEFT's keys.
+
+    Args:
+        methods: the classes that it may be of.
+        where: the file that the configuration comes from.
+        bridge: as of `read`.
 
     Raises:
         AdapterError: a setting that no method here means.
     """
-    return _from_peft(config, _recognise(config, methods, where, None), tensors)
+    method = peft_files.recognise(config, methods, where, bridge)
+    settings, also_train, tensors = peft_files.understood(config, tensors, method)
+    return AdapterFile(
+        method=method.name(),
+        settings=settings,
+        also_train=also_train,
+        base=config.get("base_model_name_or_path"),
+        fingerprint=None,
+        tensors=tensors,
+        extra={},
+    )
 
 
 def as_peft(tuned: Tuned, name: str | None = None) -> tuple[dict[str, Any], State]:
     """An adapter in PEFT's terms; both parts are empty where PEFT does not have the method."""
     adapter = tuned.adapter(name)
-    if _layout(tuned, adapter) is None:
+    config = peft_files.config(tuned, adapter, _base_name(tuned))
+    if config is None or peft_files.layout_of(tuned, adapter) is None:
         return {}, {}
-    state = _written(tuned, adapter, {key: whole(value) for key, value in tuned.state(name).items()})
-    return _config(tuned, adapter, [path_of(key) for key in adapter.copies], {"base": _base_name(tuned)}), state
+    return config, _state(tuned, adapter, name)
 
 
-# -- keys and PEFT's configuration -------------------------------------------------------------------------------
+def _state(tuned: Tuned, adapter: Adapter, name: str | None) -> State:
+    """An adapter's tensors as its file has them."""
+    return peft_files.to_file(tuned, adapter, {key: whole(value) for key, value in tuned.state(name).items()})
 
 
-def _layout(tuned: Tuned, adapter: Adapter) -> PeftLayout | None:
-    """PEFT's, where PEFT has the method on this model."""
-    method, sites = adapter.method, tuned.sites
-    layout = method.traits.peft
-    if layout is None or not method.in_peft(tuned.model, adapter.shared):
-        return None
-    paths = [path_of(key) for key, graft in adapter.grafts.items() if list(graft.parameters())]
-    return layout if all(peft_shapes.layout_at(layout, sites.get(path)) for path in paths) else None
-
-
-def _written(tuned: Tuned, adapter: Adapter, state: State) -> State:
-    """A state as the file has it: by the method's own word, or by `to_file`."""
-    copies = {key: value for key, value in state.items() if key.startswith("copy.")}
-    own = {key: value for key, value in state.items() if key not in copies}
-    written = adapter.method.to_file(tuned.model, adapter, own)
-    if written is None:
-        return to_file(state, adapter.method, _layout(tuned, adapter), tuned.sites)
-    return written | {_copy_key(key, adapter.method): value for key, value in copies.items()}
-
-
-def _own_from_file(tensors: State, tuned: Tuned, adapter: Adapter) -> State | None:
-    """A state from a file of a method that has its own word on it, else None."""
-    mine = [key for key in adapter.own_state() if key.startswith("copy.")]
-    copies = {_copy_key(key, adapter.method): key for key in mine}
-    rest = {key: value for key, value in tensors.items() if key not in copies}
-    state = adapter.method.from_file(tuned.model, adapter, rest)
-    if state is None:
-        return None
-    own = {key: value for key, value in state.items() if key not in mine}
-    return own | {copies[key]: value for key, value in tensors.items() if key in copies}
-
-
-def _copy_key(key: str, method: Method) -> str:
-    """PEFT's key of a module trained whole."""
-    return _root(type(method)) + key.removeprefix("copy.")
-
-
-def _root(method: type[Method]) -> str:
-    """What stands before the path of a module in PEFT's files."""
-    return PROMPT_ROOT if "tokens" in method.traits.seams else PEFT_ROOT
-
-
-def to_file(state: State, method: Method, layout: PeftLayout | None, sites: Mapping[str, Site]) -> State:
-    """A state as the file has it: in PEFT's keys and shapes, where there is a layout."""
-    if layout is None:
-        return state
-    out: State = {}
-    for prefix, tensors in _grouped(state).items():
-        if prefix.startswith("copy."):
-            out |= {_copy_key(f"{prefix}{leaf}", method): value for leaf, value in tensors.items()}
-            continue
-        site = _site_of(prefix, sites)
-        here = peft_shapes.layout_at(layout, site)
-        for leaf, value in method.pack(tensors).items():
-            out[_file_key(f"{prefix}{leaf}", here)] = peft_shapes.shaped(value, leaf, layout, site)
-    return out
-
-
-def _site_of(prefix: str, sites: Mapping[str, Site]) -> Site | None:
-    """The site of a graft, from its part of a state's keys, `graft.PATH.`."""
-    tree, _, path = prefix.removesuffix(".").partition(".")
-    return sites.get(path) if tree == "graft" else None
-
-
-def from_file(
-    tensors: State, own: State, method: Method, layout: PeftLayout | None, sites: Mapping[str, Site]
-) -> State:
-    """Undo `to_file`, for an adapter whose state is `own`; a key that is not its own is kept."""
-    if layout is None:
-        return tensors
-    state: State = {}
-    rest = dict(tensors)
-    for prefix, mine in _grouped(own).items():
-        if prefix.startswith("copy."):
-            copies = {f"{prefix}{leaf}": _copy_key(f"{prefix}{leaf}", method) for leaf in mine}
-            state |= {ours: rest.pop(key) for ours, key in copies.items() if key in rest}
-            continue
-        site = _site_of(prefix, sites)
-        here = peft_shapes.layout_at(layout, site) or layout
-        keys = {leaf: _file_key(f"{prefix}{leaf}", here) for leaf in here.tensors}
-        found = {leaf: rest.pop(key) for leaf, key in keys.items() if key in rest}
-        found = {leaf: peft_shapes.unshaped(value, leaf, layout, site) for leaf, value in found.items()}
-        state |= {f"{prefix}{leaf}": value for leaf, value in method.unpack(found, mine).items()}
-    return state | rest
-
-
-def _grouped(state: State) -> dict[str, State]:
-    """Tensors by own name, for each graft's part of a state's keys: `graft.PATH.`, `shared.`."""
-    groups: dict[str, State] = {}
-    for key, value in state.items():
-        prefix, dot, leaf = key.rpartition(".")
-        groups.setdefault(prefix + dot, {})[leaf] = value
-    return groups
-
-
-def _file_key(key: str, layout: PeftLayout | None) -> str:
-    """`graft.PATH.a` -> `base_model.model.PATH.lora_A.weight`, where PEFT has the method."""
-    if layout is None:
-        return key
-    path, _, leaf = key.partition(".")[2].rpartition(".")
-    if leaf not in layout.tensors:  # what PEFT computes from, and does not keep
-        return key
-    theirs = layout.tensors[leaf]
-    return f"{PEFT_ROOT}{path}.{theirs}" if path else theirs
-
-
-def _config(tuned: Tuned, adapter: Adapter, copies: list[str], header: Mapping[str, Any]) -> dict[str, Any]:
-    method, layout = adapter.method, _layout(tuned, adapter)
-    if (own := method.file_config(adapter)) is not None:
-        task = _task(tuned)
-        if task in ("SEQ_CLS", "TOKEN_CLS") and not copies:  # PEFT would look for a trained head in the file
-            task = None
-        said = {"base_model_name_or_path": header["base"], "task_type": task}
-        return own | said | ({"modules_to_save": copies} if copies else {})
-    if layout is None:
-        return {"pegbox": {k: header[k] for k in ("method", "settings", "also_train", "fingerprint")}} | {
-            "base_model_name_or_path": header["base"]
-        }
-    config = {"peft_type": layout.kind, "base_model_name_or_path": header["base"], "inference_mode": True}
-    if paths := [path_of(key) for key, graft in adapter.grafts.items() if list(graft.parameters())]:
-        config["target_modules"] = paths
-    if copies:
-        config["modules_to_save"] = copies
-    fields = {theirs: getattr(method, ours) for ours, theirs in layout.fields.items()}
-    extra = method.peft_extra(tuned.model) | {"task_type": _task(tuned)}
-    return config | fields | dict(layout.fixed) | dict(layout.marks) | extra
-
-
-def _recognise(
-    config: Mapping[str, Any], methods: Iterable[type[Method]], folder: Path, bridge: Bridge | None
-) -> type[Method]:
-    kind = config.get("peft_type")
-    layouts = [(m, m.traits.peft) for m in methods if m.traits.peft]
-    same = [(m, p) for m, p in layouts if p.kind == kind]
-    bridged = bridge(config, None) if bridge else None
-    if not same:
-        if bridged:
-            return bridged
-        known = ", ".join(sorted({p.kind for _, p in layouts})) or "none"
-        raise AdapterError(f"{folder / CONFIG}: peft_type {kind!r} is no method here; known: {known}")
-    wrong = {method: _unfit(config, layout) for method, layout in same}
-    method = min(wrong, key=lambda m: len(wrong[m]))
-    if wrong[method]:
-        if bridged:
-            return bridged
-        told = ", ".join(f"{k}={config.get(k)!r}" for k in wrong[method])
-        raise AdapterError(f"{folder / CONFIG}: {told} is not supported")
-    return method
-
-
-def _unfit(config: Mapping[str, Any], layout: PeftLayout) -> list[str]:
-    """PEFT settings whose values are not this layout's; None, {} and False are one."""
-    marks = [k for k, v in layout.marks.items() if config.get(k) != v]
-    fixed = [k for k, v in layout.fixed.items() if config.get(k, v) != v and (config[k] or v)]
-    allowed = [k for k, values in layout.allowed.items() if k in config and config[k] not in values]
-    return [*marks, *fixed, *allowed]
-
-
-def _from_peft(config: Mapping[str, Any], method: type[Method], tensors: State) -> AdapterFile:
-    """PEFT's file as ours.  Targets are read off the tensors, since PEFT has several ways to write them."""
-    layout = method.traits.peft
-    if layout is None:
-        return _bridged(config, method, tensors)
-    settings = {ours: config[theirs] for ours, theirs in layout.fields.items() if theirs in config}
-    settings |= method.from_peft(config)
-    # beside an embedding's adapter PEFT saves the embedding itself, which is the base's
-    tensors = {key: value for key, value in tensors.items() if ".base_layer." not in key}
-    named = {key: _peft_path(key, (*layout.tensors.values(), *layout.embedding.values())) for key in tensors}
-    if paths := sorted({path for path in named.values() if path}):
-        settings["targets"] = tuple(paths)
-    rest = [key.removeprefix(_root(method)) for key, path in named.items() if path is None]
-    return AdapterFile(
-        method=method.name(),
-        settings=settings,
-        also_train=_saved_modules(rest, config.get("modules_to_save") or ()),
-        base=config.get("base_model_name_or_path"),
-        fingerprint=None,
-        tensors=tensors,
-        extra={},
-    )
-
-
-def _bridged(config: Mapping[str, Any], method: type[Method], tensors: State) -> AdapterFile:
-    """PEFT's file of one of PEFT's own methods."""
-    try:
-        settings = method.from_peft(config)
-    except SettingsError as error:
-        raise AdapterError(f"HF PEFT's {config.get('peft_type')} adapter: {error}") from error
-    keys = [key.removeprefix(_root(method)) for key in tensors]
-    return AdapterFile(
-        method=method.name(),
-        settings=settings,
-        also_train=_saved_modules(keys, config.get("modules_to_save") or ()),
-        base=config.get("base_model_name_or_path"),
-        fingerprint=None,
-        tensors=tensors,
-        extra={},
-    )
-
-
-def _peft_path(key: str, endings: Iterable[str]) -> str | None:
-    """The module that a key of PEFT's belongs to, '' for the whole model; None if it is no tensor of the method."""
-    if key in endings:
-        return ""
-    inside = key.removeprefix(PEFT_ROOT)
-    return next((inside.removesuffix(f".{end}") for end in endings if inside.endswith(f".{end}")), None)
-
-
-def _saved_modules(keys: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
-    """Paths of the modules that PEFT saved whole: `score` of `score.weight`, if it names `score`."""
-    paths = {m.group(1) for key in keys for n in names if (m := re.match(rf"((?:.+\.)?{re.escape(n)})\.", key))}
-    return tuple(sorted(paths))
-
-
-def _task(tuned: Tuned) -> str | None:
-    """PEFT's task type, from the class of the base."""
-    words = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
-    words |= {"ForTokenClassification": "TOKEN_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-    name = type(tuned.model).__name__
-    return next((task for ending, task in words.items() if name.endswith(ending)), None)
+def _config(tuned: Tuned, adapter: Adapter, header: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's configuration, where PEFT has the method, else ours."""
+    theirs = peft_files.config(tuned, adapter, header["base"])
+    if theirs is not None:
+        return theirs
+    ours = {k: header[k] for k in ("method", "settings", "also_train", "fingerprint")}
+    return {"pegbox": ours, "base_model_name_or_path": header["base"]}
 
 
 def _base_name(tuned: Tuned) -> str | None:

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pegbox.core import files
+from pegbox.core import files, peft_files
 from pegbox.core.adapter import State
 from pegbox.core.errors import AdapterError, did_you_mean
 from pegbox.core.layout import is_conv1d
@@ -119,7 +119,7 @@ def write(
     folder = not str(path).endswith(".safetensors")
     place = Path(path) / FILE if folder else Path(path)
     config, state = files.as_peft(tuned, name)
-    parts = {key.removeprefix(files.PEFT_ROOT): whole(v).contiguous().cpu() for key, v in state.items()}
+    parts = {key.removeprefix(peft_files.PEFT_ROOT): whole(v).contiguous().cpu() for key, v in state.items()}
     strange = [key for key in parts if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if config.get("peft_type") != "LORA" or strange:
         raise AdapterError(f"{adapter.method.name()} has no plain LoRA form, which {names}' files hold")
@@ -194,7 +194,7 @@ def _parted(key: str, flat: Mapping[str, str], place: Path) -> tuple[str, str]:
         short = stem.removeprefix(KOHYA)
         short = short if short in flat else _in_diffusers_layout(short, _layers(flat))
         return flat.get(short, short), ENDS[end]
-    stem = stem.removeprefix(files.PEFT_ROOT).replace(".processor.", ".")
+    stem = stem.removeprefix(peft_files.PEFT_ROOT).replace(".processor.", ".")
     stem = re.sub(rf"^({'|'.join(COMPONENTS)})\.", "", stem)
     old = end.startswith("_")  # to_q_lora.down of an attention processor; its to_out is a list of two
     return (f"{stem}.0" if old and stem.endswith("to_out") else stem), ENDS[end]
@@ -225,8 +225,8 @@ def _united(found: Mapping[str, Factors], config: Mapping[str, Any]) -> tuple[in
     state: State = {}
     for path, factors in found.items():
         b = factors.b if alike else scales[path] * factors.b
-        state[f"{files.PEFT_ROOT}{path}.lora_A.weight"] = _filled(factors.a, r, 0)
-        state[f"{files.PEFT_ROOT}{path}.lora_B.weight"] = _filled(b, r, 1)
+        state[f"{peft_files.PEFT_ROOT}{path}.lora_A.weight"] = _filled(factors.a, r, 0)
+        state[f"{peft_files.PEFT_ROOT}{path}.lora_B.weight"] = _filled(b, r, 1)
     return r, scale * (r**0.5 if config.get("use_rslora") else r), state
 
 
