@@ -6,10 +6,8 @@ Each model is built once; a method is put on it, run forwards and backwards on t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import cache
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -52,12 +50,6 @@ TOKENS = set(ARCHITECTURES) - {"whisper", "swin"}
 # What a refusal says where an architecture lacks what `traits.needs` names.
 LACKS = {"bias": ("bias",), "token ids": ("input_ids", "Embedding")}
 
-# What does not work and is not refused: strict, so that whoever mends it takes the line away.
-BROKEN = {
-    ("ladder", "deberta"): "the model goes on from its list of hidden states, so what joins at the end is not read",
-    ("ladder", "deberta-v2"): "the model goes on from its list of hidden states, so what joins at the end is not read",
-}
-
 
 @cache
 def built(kind: str) -> nn.Module:
@@ -74,14 +66,10 @@ def unreached(kind: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def pairs() -> Iterator[Any]:
-    for name, kind in product(methods.names(), ARCHITECTURES):
-        broken = BROKEN.get((name, kind))
-        marks = [pytest.mark.xfail(reason=broken, strict=True)] if broken else []
-        yield pytest.param(name, kind, marks=marks, id=f"{name}-{kind}")
+PAIRS = [pytest.param(name, kind, id=f"{name}-{kind}") for name, kind in product(methods.names(), ARCHITECTURES)]
 
 
-@pytest.mark.parametrize(("name", "kind"), list(pairs()))
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_trains_or_says_why_not(name: str, kind: str) -> None:
     method, model = Case(name).built(), built(kind)
     lacking, batch, nothing = missing(method, kind), inputs(model), unreached(kind)

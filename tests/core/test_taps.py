@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import pegbox
 from pegbox import anatomy
+from pegbox.checks.lab import shake
 from pegbox.checks.models import FAMILIES, inputs
 from pegbox.core import (
     Anatomy,
@@ -201,6 +202,49 @@ def test_outputs_of_an_encoder_without_the_adapter_are_refused() -> None:
         encoded = tuned.model.get_encoder()(batch["input_ids"])
     with pytest.raises(ModelError, match="without this adapter"):
         tuned(encoder_outputs=encoded, decoder_input_ids=batch["decoder_input_ids"])
+
+
+def deberta() -> Any:
+    """A model that goes on from its encoder's list of hidden states, and whose masks are of ones and zeros."""
+    from transformers import DebertaV2Config, DebertaV2ForTokenClassification
+
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        initializer_range=0.1,
+    )
+    return DebertaV2ForTokenClassification(config).eval()
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_what_joins_ends_the_list_of_hidden_states(as_dict: bool) -> None:
+    ids = inputs(FAMILIES["bert"].batch(0))["input_ids"]
+    hidden = deberta().deberta(ids, output_hidden_states=True).hidden_states
+    tuned = pegbox.tune(deberta(), Mean())
+    with torch.no_grad():
+        tuned.sites["deberta.encoder"].chain[0].weights.add_(0.1)
+    out = tuned.model.deberta(ids, output_hidden_states=True, return_dict=as_dict)
+    last, listed = (out.last_hidden_state, out.hidden_states) if as_dict else out[:2]
+    assert torch.allclose(last, hidden[-1] + 0.1 * (hidden[1] + hidden[2]), atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(listed, (*hidden[:-1], last), strict=True))
+
+
+def test_a_side_network_sees_no_padding_behind_a_mask_of_ones_and_zeros() -> None:
+    tuned = shake(pegbox.tune(deberta(), "ladder", reduction=4, heads=2)).eval()
+    ids = inputs(FAMILIES["bert"].batch(0))["input_ids"][:1]
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
+    padded = tuned(input_ids=ids, attention_mask=mask).logits
+    alone = tuned(input_ids=ids[:, :5], attention_mask=mask[:, :5]).logits
+    assert torch.allclose(padded[:, :5], alone, atol=1e-5)
+    padded.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tuned.trainable().values())
 
 
 def test_what_has_no_trunk_is_refused() -> None:

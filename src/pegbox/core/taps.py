@@ -247,15 +247,30 @@ class BetweenGraft(Graft):
 
 
 def _added(out: Any, change: Tensor, trunk: Trunk) -> Any:
-    """A trunk's output with `change` (B, T, d) added to its hidden states."""
+    """A trunk's output with `change` (B, T, d) added to its hidden states, and to the last of a list that ends in them.
+
+    Some models go on from the list (DeBERTa).
+    """
     if isinstance(out, Tensor):
         return out + change
     if isinstance(out, tuple):
-        return (out[0] + change, *out[1:])
+        joined = out[0] + change
+        return tuple(_joined(value, out[0], joined) for value in out)
     if not isinstance(out, Mapping) or out.get("last_hidden_state") is None:
         raise ModelError(f"{trunk.path or 'the model'} gives no hidden states, but {type(out).__name__}")
-    out["last_hidden_state"] = out["last_hidden_state"] + change  # type: ignore[index]
+    last = out["last_hidden_state"]
+    joined = last + change
+    for name, value in list(out.items()):
+        out[name] = _joined(value, last, joined)  # type: ignore[index]
     return out
+
+
+def _joined(value: Any, last: Tensor, joined: Tensor) -> Any:
+    """An output, with `joined` where `last` stands in it."""
+    if value is last:
+        return joined
+    ends = isinstance(value, (tuple, list)) and len(value) > 0 and value[-1] is last
+    return (*value[:-1], joined) if ends else value
 
 
 def _cache(out: Any) -> Any:
@@ -266,12 +281,13 @@ def _cache(out: Any) -> Any:
 
 
 def _mask(mask: Any) -> Tensor | None:
+    """What blocks attend to, boolean or to be added to scores; DeBERTa's, of whole numbers, is 1 where they do."""
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
         raise ModelError(
             f"a side network reads masks of shape (rows, 1, tokens, tokens), got {getattr(mask, 'shape', mask)}; "
             "load the model with attn_implementation='sdpa'"
         )
-    return mask
+    return mask if mask is None or mask.is_floating_point() else mask.bool()
 
 
 def _width(path: str, module: nn.Module, anatomy: Anatomy) -> int:
