@@ -33,6 +33,39 @@ def test_the_start_is_of_the_vocabulary() -> None:
     assert all((row == table).all(dim=1).any() for row in prompt)
 
 
+def gemma() -> Any:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    config = GemmaConfig(vocab_size=60, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, **sizes)
+    return GemmaForCausalLM(config).eval()
+
+
+def bart() -> Any:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "forced_eos_token_id": None}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=60, d_model=32, scale_embedding=True, **sides, **heads)
+    ).eval()
+
+
+@pytest.mark.parametrize(("build", "path"), [(gemma, "model.embed_tokens"), (bart, "model.encoder.embed_tokens")])
+def test_the_start_is_scaled_as_the_models_own_embeddings(build: Any, path: str) -> None:
+    model = build()
+    embed = model.get_submodule(path)
+    with torch.no_grad():
+        scaled = embed(torch.arange(60))
+    assert not torch.allclose(scaled, embed.weight)
+    tuned = shake(pegbox.tune(model, "lora", targets="embed", rank=2, name="other"))
+    tuned.add("default", PromptTuning(tokens=5))  # starts from the base's embeddings, whatever is put around them
+    prompt = tuned.trainable()["shared.prompt"]
+    assert all((row == scaled).all(dim=1).any() for row in prompt)
+
+
 def test_the_random_start_is_normal() -> None:
     prompt = pegbox.tune(family("llama"), "prompt_tuning", tokens=60, start="random").trainable()["shared.prompt"]
     assert prompt.std().item() == pytest.approx(1, rel=0.1)
@@ -107,6 +140,16 @@ def test_an_error_on_the_way_leaves_nothing_behind() -> None:
         tuned(input_ids=ids + 1000)
     embed = tuned.get_input_embeddings()
     assert torch.equal(embed(ids), embed.weight[ids])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what PEFT calls
+def test_pefts_prompt_for_scaled_embeddings_is_ours(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", prompt_tuning_init="SAMPLE_VOCAB")
+    theirs = peft.get_peft_model(gemma(), config).eval()
+    theirs.save_pretrained(str(tmp_path))
+    tuned, batch = pegbox.load(gemma(), tmp_path), text(0)
+    assert torch.allclose(tuned(**batch).logits, theirs(**batch).logits[:, 3:], atol=1e-5)
 
 
 @pytest.mark.parametrize("start", ["RANDOM", "SAMPLE_VOCAB"])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         VirtualTokens,
         decoder_path,
         encoder_half,
+        own_embeddings,
         token_graft,
         token_peft,
         token_sites,
@@ -40,7 +41,15 @@ _FILES = {
     "site": ("Base", "Site"),
     "skips": ("FeatureGraft", "Skip", "Skips"),
     "taps": ("SideGraft", "Tape", "Taps", "Trunk", "tap_graft", "tap_sites"),
-    "tokens": ("VirtualTokens", "decoder_path", "encoder_half", "token_graft", "token_peft", "token_sites"),
+    "tokens": (
+        "VirtualTokens",
+        "decoder_path",
+        "encoder_half",
+        "own_embeddings",
+        "token_graft",
+        "token_peft",
+        "token_sites",
+    ),
     "tuned": ("Tuned",),
 }
 _WHERE = {name: file for file, names in _FILES.items() for name in names}
@@ -78,6 +87,7 @@ __all__ = [
     "encoder_half",
     "key_shape",
     "low_rank_pair",
+    "own_embeddings",
     "prefix_graft",
     "rescale",
     "setting",

@@ -74,6 +74,14 @@ def token_graft(site: Site, tokens: VirtualTokens) -> Graft:
     return ApartGraft(tokens) if tokens.decoder and site.path == "" else InsertGraft(tokens)
 
 
+@torch.no_grad()
+def own_embeddings(table: nn.Embedding, ids: Tensor) -> Tensor:
+    """What the base's embedding gives for ids (n,), scaled where it scales: (n, d)."""
+    # by the class, since in the place of the instance's forward stand the grafts of adapters that are there already
+    embedded: Tensor = type(table).forward(table, ids)
+    return embedded
+
+
 def token_peft(model: nn.Module) -> dict[str, Any]:
     """What HF PEFT's configuration of virtual tokens says of the model."""
     config: Any = getattr(model, "config", None)

@@ -2,10 +2,10 @@
 
     the model reads  [p_1 .. p_n, e(x_1) .. e(x_T)]        p: (n, d), e: the frozen embedding
 
-p starts as embeddings of ids drawn from the vocabulary, the better of the paper's simple starts; HF PEFT's default is
-a normal draw.  An encoder-decoder gets its prompt before the encoder's tokens, as in the paper, and its decoder
-attends to it.  HF PEFT keeps as many tokens again for the decoder (`num_transformer_submodules=2`, its default there),
-which it never reads; from such a file the encoder's are taken.
+p starts as embeddings of ids drawn from the vocabulary, the better of the paper's simple starts, scaled where the model
+scales its own (Gemma, BART); HF PEFT's default is a normal draw.  An encoder-decoder gets its prompt before the
+encoder's tokens, as in the paper, and its decoder attends to it.  HF PEFT keeps as many tokens again for the decoder
+(`num_transformer_submodules=2`, its default there), which it never reads; from such a file the encoder's are taken.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pegbox.core import (
     Traits,
     VirtualTokens,
     encoder_half,
+    own_embeddings,
     setting,
     token_graft,
     token_peft,
@@ -65,12 +66,11 @@ class PromptTuning(Method):
         return token_sites(model, super().sites(model, anatomy)[0])
 
     def shared(self, model: nn.Module, anatomy: Anatomy) -> Prompt:
-        table: Tensor = model.get_submodule(self.sites(model, anatomy)[-1]).weight  # type: ignore[assignment]
-        rows, width = table.shape
+        table: Any = model.get_submodule(self.sites(model, anatomy)[-1])
         if self.start == "random":
-            return Prompt(model, torch.randn(self.tokens, width).to(table.device))
-        drawn = torch.randint(rows, (self.tokens,)).to(table.device)
-        return Prompt(model, table[drawn].detach().float().clone())
+            return Prompt(model, torch.randn(self.tokens, table.embedding_dim).to(table.weight.device))
+        drawn = torch.randint(table.num_embeddings, (self.tokens,)).to(table.weight.device)
+        return Prompt(model, own_embeddings(table, drawn).float())
 
     def graft(self, site: Site, shared: nn.Module | None) -> Graft:
         assert isinstance(shared, Prompt)
