@@ -281,7 +281,8 @@ def command_line_page() -> str:
     lines = [
         "# Command line",
         "",
-        "`pegbox VERB recipe.yaml key=value ...`: a recipe may come first, later values win.",
+        "`pegbox VERB recipe.yaml key=value ...`: a recipe may come first, later values win. Where a verb is about one",
+        "folder or model, that may stand first without its name: `pegbox merge out/ output=merged/`.",
     ]
     for module in SETTINGS_VERBS:
         verb = module.VERB

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pegbox.cli.app import SETTINGS_VERBS
 from pegbox.cli.overrides import parse, scalar
 from pegbox.core.errors import SettingsError
 
@@ -31,3 +32,25 @@ def test_a_shipped_recipe_needs_no_path(tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_scalars(text: str, value: object) -> None:
     assert scalar(text) == value
+
+
+def test_text_is_never_read_as_something_else() -> None:
+    words = ["prompt=Question: why?", "model=7", "rank=7", "other=null", "data=null"]
+    read = {"prompt": "Question: why?", "model": "7", "rank": 7, "other": None, "data": None}
+    assert parse(words, texts=("prompt", "model", "data")) == read
+
+
+def test_a_bare_first_word_is_the_subject(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("adapter: a\nrank: 2\n")
+    assert parse([str(recipe), "b/", "rank=3"], subject=lambda word: "adapter") == {"adapter": "b/", "rank": 3}
+    with pytest.raises(SettingsError, match="got 'c', as in `adapter=x`"):
+        parse(["b/", "c"], subject=lambda word: "adapter", example="adapter=x")
+
+
+def test_a_bare_word_is_an_adapter_or_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    shown = {module.VERB.name: module.VERB for module in SETTINGS_VERBS}
+    assert shown["inspect"].built([str(tmp_path), "model=minilm", "method=lora"]).adapter == str(tmp_path)
+    assert shown["chat"].built(["minilm"]).model == "minilm"
+    assert shown["merge"].built(["anything", "output=x"]).adapter == "anything"

@@ -42,7 +42,6 @@ def test_adalora_allocates(base: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
 
 
-@pytest.mark.xfail(strict=True, reason="PEFT's allocator keeps its averages of importance out of every state")
 def test_adalora_resumes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted run ends with the same bits."""
     train(run_settings(_settings(base, tmp_path / "whole")))

@@ -4,7 +4,8 @@
     print(pegbox.checks.render(report))
 
 A check is a plain function; no test framework is needed.  What a method cannot do is a declared trait, which rules
-checks out; a check it should pass and does not is named in `traits.xfail` with the reason, and must then fail.
+checks out, and so does a refusal of the library that a method stands on; a check it should pass and does not is named
+in `traits.xfail` with the reason, and must then fail.
 """
 
 from __future__ import annotations

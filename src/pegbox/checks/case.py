@@ -62,11 +62,11 @@ def family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def small(cls: type[Method]) -> dict[str, float]:
-    """Numbers that are too large for a model of width 32, made small."""
+def small(cls: type[Method]) -> dict[str, Any]:
+    """Numbers that are too large for a model of width 32, made small, and what the method says of such models."""
     fields = {f.name: f.default for f in dataclasses.fields(cls)}
     large = {k: v for k, v in fields.items() if isinstance(v, (int, float)) and v > SMALL}
-    return {k: SMALL if isinstance(v, int) else SCALE for k, v in large.items()}
+    return {k: SMALL if isinstance(v, int) else SCALE for k, v in large.items()} | dict(cls.small)
 
 
 def smallest(method: Method) -> Method:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import tempfile
 import time
@@ -19,10 +20,30 @@ from pegbox.checks.lab import Lab
 from pegbox.checks.models import Family
 from pegbox.checks.report import Report, Result, Status
 from pegbox.checks.when import has_its_needs, lacks_a_need
-from pegbox.core.errors import SettingsError, did_you_mean
+from pegbox.core.errors import PegboxError, SettingsError, did_you_mean
 from pegbox.core.method import Method
 
 Subject = str | type[Method] | Method | Case
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method, with settings that a family can take, and the family."""
+
+    method: Method
+    family: Family
+
+    @functools.cached_property
+    def refusal(self) -> str | None:
+        """Why a library on which the method stands refuses it here; None if it does not.  Builds one, once."""
+        try:
+            with torch.random.fork_rng():
+                Lab(self.method, self.family, Path()).tuned()
+        except PegboxError as error:
+            return str(error) if error.peer else None
+        except Exception:  # for the checks to tell
+            return None
+        return None
 
 
 @dataclass(frozen=True)
@@ -30,9 +51,16 @@ class Trial:
     """One check of one case on one family."""
 
     check: Check
-    method: Method
-    family: Family
+    pair: Pair
     title: str
+
+    @property
+    def method(self) -> Method:
+        return self.pair.method
+
+    @property
+    def family(self) -> Family:
+        return self.pair.family
 
     @property
     def name(self) -> str:
@@ -41,9 +69,17 @@ class Trial:
     @property
     def reason(self) -> str | None:
         """The trait that rules this trial out, or None."""
-        wants_the_lack = lacks_a_need in self.check.when
-        missing = None if wants_the_lack else has_its_needs(self.method, self.family)
+        missing = None if self._wants_the_lack else has_its_needs(self.method, self.family)
         return missing or self.check.reason(self.method, self.family)
+
+    @property
+    def refusal(self) -> str | None:
+        """The refusal that rules it out, of a library on which the method stands; builds a model."""
+        return None if self._wants_the_lack else self.pair.refusal
+
+    @property
+    def _wants_the_lack(self) -> bool:
+        return lacks_a_need in self.check.when
 
     @property
     def expected(self) -> str | None:
@@ -59,8 +95,8 @@ def plan(case: Case, only: Iterable[str] = ()) -> list[Trial]:
         only: names of checks; all if empty.
     """
     method, families, title = case.built(), case.all_families(), case.title()
-    wanted = _named(only)
-    return [Trial(c, suited(method, f), f, title) for c in wanted for f in _families(c, families)]
+    pairs = {f.name: Pair(suited(method, f), f) for f in families}
+    return [Trial(c, pairs[f.name], title) for c in _named(only) for f in _families(c, families)]
 
 
 def run(
@@ -97,8 +133,8 @@ def run(
 
 def attempt(trial: Trial) -> Result:
     """Run one trial; never raises."""
-    if trial.reason:
-        return _result(trial, "not applicable", trial.reason)
+    if reason := trial.reason or trial.refusal:
+        return _result(trial, "not applicable", reason)
     start = time.perf_counter()
     message = _failure(trial)
     seconds = time.perf_counter() - start

@@ -15,13 +15,14 @@ VERB = Verb(
     "chat",
     "pegbox.evaluate.generate:GenerateSettings",
     needs=(("adapter", "model"),),
+    subject=("adapter", "model"),
     hidden=("prompt", "data", "output", "adapters", "batch_size", "raw"),
 )
 TOLD = "Say something; /undo takes back the last turn, /reset begins anew, /exit or Ctrl-D leaves."
 
 
 def run(context: typer.Context) -> None:
-    """Talk with a model, or a tuned one: chat adapter=out/ | chat model=..."""
+    """Talk with a model, or a tuned one: chat out/ | chat model"""
     settings = VERB.read(context)
     import dataclasses
 

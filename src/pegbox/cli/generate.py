@@ -6,11 +6,16 @@ import typer
 
 from pegbox.cli.verb import Verb
 
-VERB = Verb("generate", "pegbox.evaluate.generate:GenerateSettings", needs=(("adapter", "model"), ("prompt", "data")))
+VERB = Verb(
+    "generate",
+    "pegbox.evaluate.generate:GenerateSettings",
+    needs=(("adapter", "model"), ("prompt", "data")),
+    subject=("adapter", "model"),
+)
 
 
 def run(context: typer.Context) -> None:
-    """Answer a prompt, or a file of them: generate adapter=out/ prompt="..."
+    """Answer a prompt, or a file of them: generate out/ prompt="..."
 
     With data=in.jsonl output=out.jsonl every row of a file is answered; adapters=a=FOLDER,b=FOLDER puts several
     adapters on one base, and a row's column `adapter` chooses.

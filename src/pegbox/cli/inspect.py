@@ -11,11 +11,12 @@ VERB = Verb(
     "pegbox.evaluate.inspect:InspectSettings",
     builder="pegbox.evaluate.inspect:inspect_settings",
     needs=(("adapter", "model"),),
+    subject=("adapter", "model"),
 )
 
 
 def run(context: typer.Context) -> None:
-    """Show a model's structure, or an adapter: inspect model=... | inspect adapter=out/
+    """Show a model's structure, or an adapter: inspect model | inspect out/
 
     With model=... method=lora: which modules the method would tune, and how many parameters that is.
     """

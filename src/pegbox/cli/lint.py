@@ -30,6 +30,8 @@ def check_command(words: Sequence[str]) -> None:
 def _check(command: Any, name: str, words: list[str]) -> None:
     from typer.core import TyperGroup
 
+    from pegbox.cli.overrides import is_recipe
+
     if isinstance(command, TyperGroup):
         if not words or words[0].startswith("-"):
             return
@@ -40,7 +42,7 @@ def _check(command: Any, name: str, words: list[str]) -> None:
     with command.make_context(name, words) as context:
         verb = settings_verbs().get(name.removeprefix("pegbox "))
         if verb is not None and context.args:
-            recipe = _is_recipe(context.args[0])
+            recipe = is_recipe(context.args[0])
             verb.built(context.args[int(recipe) :], complete=not recipe)
 
 
@@ -51,7 +53,3 @@ def settings_verbs() -> dict[str, Any]:
 
     named = {module.VERB.name: module.VERB for module in SETTINGS_VERBS}
     return named | {alias: module.VERB for alias, module in ALIASES.items()} | {data.VERB.name: data.VERB}
-
-
-def _is_recipe(word: str) -> bool:
-    return "=" not in word and word.endswith((".yaml", ".yml"))

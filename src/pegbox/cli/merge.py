@@ -10,13 +10,14 @@ VERB = Verb(
     "merge",
     "pegbox.evaluate.export:ExportSettings",
     needs=("adapter", "output"),
+    subject=("adapter",),
     preset={"format": "merged"},
     hidden=("format",),
 )
 
 
 def run(context: typer.Context) -> None:
-    """Fold an adapter into its base and prove it: merge adapter=out/ output=merged/"""
+    """Fold an adapter into its base and prove it: merge out/ output=merged/"""
     settings = VERB.read(context)
     from pegbox.evaluate.export import export
 

@@ -26,6 +26,7 @@ class Verb:
         settings: the dataclass, as "module:Class"; imported when it is needed.
         builder: the function from plain values to an instance, as "module:function"; `build` if not given.
         needs: settings that must be given; of a tuple inside, one.
+        subject: the setting that a bare first word gives; of `adapter` and `model`, the one whose folder it is.
         preset: values that the verb itself gives.
         groups: heading -> names of settings, for the help; a setting of no group comes last.
         hidden: settings that this verb does not offer.
@@ -35,6 +36,7 @@ class Verb:
     settings: str
     builder: str | None = None
     needs: tuple[str | tuple[str, ...], ...] = ()
+    subject: tuple[str, ...] = ()
     preset: Mapping[str, Any] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
     hidden: tuple[str, ...] = ()
@@ -60,7 +62,8 @@ class Verb:
         """
         from pegbox.cli.overrides import parse
 
-        given = parse(words)
+        subject = self._subject_of if self.subject else None
+        given = parse(words, ours=self._name, texts=self._texts(), subject=subject, example=self._example())
         if hidden := [k for k in given if k in self.hidden]:
             raise SettingsError(f"{self.name} takes no {hidden[0]!r}; `pegbox {self.name} --help` lists what it takes")
         made = self._build({**self.preset, **self._ours(given)})
@@ -84,17 +87,42 @@ class Verb:
 
     def _ours(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Values under our names, where the verb has the setting."""
-        from pegbox.train.settings import ALIASES
-
-        known = {f.name for f in dataclasses.fields(self._class())}
         out: dict[str, Any] = {}
         for key, value in given.items():
-            ours = ALIASES.get(key, key)
-            name = key if key in known or ours not in known else ours
+            name = self._name(key)
             if name in out:
                 raise SettingsError(f"{name} is given twice, as {key!r} too")
             out[name] = value
         return out
+
+    def _name(self, key: str) -> str:
+        """Our name for a key, where the verb has the setting."""
+        from pegbox.train.settings import ALIASES
+
+        known = {f.name for f in dataclasses.fields(self._class())}
+        ours = ALIASES.get(key, key)
+        return key if key in known or ours not in known else ours
+
+    def _texts(self) -> set[str]:
+        """Settings that are text and nothing else; one with settings of its own may be a mapping of them."""
+        import typing
+
+        hints = typing.get_type_hints(self._class())
+        plain = {name for name, hint in hints.items() if hint in (str, str | None)}
+        return {name for name in plain if f"{name}_settings" not in hints}
+
+    def _subject_of(self, word: str) -> str:
+        """The setting that a bare first word gives."""
+        if len(self.subject) == 1:
+            return self.subject[0]
+        from pegbox.evaluate.opened import is_adapter
+
+        return "adapter" if is_adapter(word) else "model"
+
+    def _example(self) -> str:
+        """The settings that it needs, as words."""
+        names = [need if isinstance(need, str) else need[0] for need in self.needs]
+        return " ".join(f"{name}=..." for name in names)
 
     def _class(self) -> Any:
         return _imported(self.settings)
@@ -109,7 +137,8 @@ class Verb:
         for name in named - fields.keys():
             raise SettingsError(f"{self.name}: no setting {name!r}{did_you_mean(name, fields)}")
         grouped[REST if named else "settings"] = [name for name in fields if name not in named]
-        lines = [f"pegbox {self.name} [recipe.yaml] key=value ...", "", about.strip()]
+        subject = f" [{'|'.join(name.upper() for name in self.subject)}]" if self.subject else ""
+        lines = [f"pegbox {self.name} [recipe.yaml]{subject} key=value ...", "", about.strip()]
         for heading, names in grouped.items():
             if names:
                 lines += ["", f"{heading}:", *(line for n in names for line in self._lines(n, fields[n]))]

@@ -23,7 +23,13 @@ from collections.abc import Iterable
 
 
 class PegboxError(Exception):
-    """Base of everything below; the command line prints it without a traceback."""
+    """Base of everything below; the command line prints it without a traceback.
+
+    Attributes:
+        peer: the library whose own refusal this is, told on; None where it is Pegbox's.
+    """
+
+    peer: str | None = None
 
 
 class SettingsError(PegboxError):

@@ -173,6 +173,7 @@ class Method:
     reads: ClassVar[tuple[str, ...]] = ()  # names that its grafts look up in the context, see `tuned.given`
     presets: ClassVar[Mapping[str, Preset]] = {}
     aliases: ClassVar[Mapping[str, str]] = {}  # other words for its settings
+    small: ClassVar[Mapping[str, Any]] = {}  # settings that fit models of width 32, where small numbers alone do not
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
@@ -280,6 +281,13 @@ class Method:
 
     def after_step(self, tuned: Tuned, step: int, steps: int) -> None:
         """After optimizer step `step` has changed the parameters."""
+
+    def training_state(self, adapter: Adapter) -> State:
+        """What its steps go by beside the adapter's own tensors, by names of its own, for a checkpoint to hold."""
+        return {}
+
+    def load_training_state(self, adapter: Adapter, state: State) -> None:
+        """Undo `training_state`, on an adapter that has its tensors already."""
 
     def penalty(self, tuned: Tuned) -> Tensor | None:
         """A term added to the loss."""

@@ -12,17 +12,44 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pegbox.core.errors import CannotMerge
+from pegbox.core.errors import CannotMerge, MissingExtra
 from pegbox.core.low_rank import Matrix
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How a matrix is kept quantised: all that is needed to keep another one so.
+
+    Attributes:
+        format: `nf4`, `fp4`, `int8`, or `torchao int8`, `torchao int4`, ...
+        dtype: of the plain numbers that were encoded, where the format knows it.
+        block: how many numbers share a scale; None for a row.
+        double: the scales are quantised too.
+        tensor: torchao's class of tensor.
+    """
+
+    format: str
+    dtype: str | None = None
+    block: int | None = None
+    double: bool = False
+    tensor: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.format} with double quantisation" if self.double else self.format
+
+    @property
+    def library(self) -> str:
+        return "torchao" if self.tensor else "bitsandbytes"
 
 
 class Storage(ABC):
@@ -36,8 +63,12 @@ class Storage(ABC):
         """The matrix as plain numbers, in the module's own layout."""
 
     @abstractmethod
+    def kept(self, module: nn.Module, leaf: str) -> Kept:
+        """In which way exactly."""
+
     def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
         """A plain matrix kept in the same way, with the same settings."""
+        return encode(value, self.kept(module, leaf))
 
     def mark(self, module: nn.Module, leaf: str) -> Tensor:
         """What a fingerprint is taken of."""
@@ -121,20 +152,13 @@ class FourBit(Storage):
         state.absmax, state.nested = scales.to(torch.bfloat16).float(), False
         return dequantize_4bit(codes, state)
 
-    def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
-        from bitsandbytes.nn import Params4bit
-
+    def kept(self, module: nn.Module, leaf: str) -> Kept:
         kept: Any = getattr(module, leaf)
-        plain = Params4bit(
-            value.to(self.dtype(module, leaf)),
-            requires_grad=False,
-            blocksize=kept.blocksize,
-            compress_statistics=kept.compress_statistics,
-            quant_type=kept.quant_type,
-            quant_storage=kept.quant_storage,
-            module=module,
-        )
-        return plain.to(kept.device)
+        dtype = str(self.dtype(module, leaf)).removeprefix("torch.")
+        return Kept(kept.quant_type, dtype, kept.blocksize, kept.compress_statistics)
+
+    def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
+        return _four_bit(value, self.kept(module, leaf), getattr(module, leaf).quant_storage)
 
     def shape(self, module: nn.Module, leaf: str) -> torch.Size:
         return torch.Size(getattr(module, leaf).quant_state.shape)
@@ -179,10 +203,8 @@ class EightBit(Storage):
         codes, scales = self._pieces(module, leaf)
         return codes.to(torch.float32).mul_(scales.to(torch.float32)[:, None] / 127)
 
-    def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
-        from bitsandbytes.nn import Int8Params
-
-        return Int8Params(value.to(torch.float16), requires_grad=False, has_fp16_weights=False).to(value.device)
+    def kept(self, module: nn.Module, leaf: str) -> Kept:
+        return Kept(self.name)
 
     def dtype(self, module: nn.Module, leaf: str) -> torch.dtype:
         return torch.float32
@@ -196,8 +218,7 @@ class EightBit(Storage):
     def _pieces(self, module: nn.Module, leaf: str) -> tuple[Tensor, Tensor]:
         """Codes (out, in) and scales (out,); the module takes the scales to its state when first called."""
         kept: Any = getattr(module, leaf)
-        state: Any = module.state
-        return kept.data, kept.SCB if kept.SCB is not None else state.SCB
+        return kept.data, kept.SCB if kept.SCB is not None else module.state.SCB  # type: ignore[union-attr]
 
 
 # -- torchao ---------------------------------------------------------------------------------------------------------
@@ -213,20 +234,13 @@ class TorchAO(Storage):
     def decode(self, module: nn.Module, leaf: str) -> Tensor:
         return getattr(module, leaf).dequantize()
 
-    def encode(self, value: Tensor, module: nn.Module, leaf: str) -> nn.Parameter:
-        from torchao.quantization import quantize_
-
+    def kept(self, module: nn.Module, leaf: str) -> Kept:
         kept: Any = getattr(module, leaf)
-        config = _same_again(kept)
-        if config is None:
-            raise CannotMerge(
-                f"a weight kept as {type(kept).__name__} cannot be encoded anew; merge without requantise leaves a "
-                "plain layer, which torchao can quantise again"
-            )
-        holder = nn.Sequential(nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta"))
-        holder[0].weight = nn.Parameter(value.to(kept.dtype), requires_grad=False)
-        quantize_(holder, config)
-        return holder[0].weight
+        block = tuple(getattr(kept, "block_size", ()))
+        shared = None if not block or block[-1] == kept.shape[-1] else int(block[-1])
+        tensor = type(kept).__name__
+        dtype = str(kept.dtype).removeprefix("torch.")
+        return Kept(self.name, dtype, shared, tensor=f"{tensor}, inputs too" if self.rounds_inputs else tensor)
 
 
 _INPUTS_TOO = ("act_quant_kwargs", "activation_quantization")  # set where inputs are rounded too
@@ -240,18 +254,72 @@ def _bits(kept: Any) -> str:
     return f"int{found[1]}" if found else type(kept).__name__
 
 
-def _same_again(kept: Any) -> Any:
-    """The configuration that quantises as `kept` is, or None where it cannot be told."""
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup, PerRow
+# -- encoding ----------------------------------------------------------------------------------------------------------
 
-    if any(getattr(kept, word, None) is not None for word in _INPUTS_TOO):
-        return None
-    kind, block = type(kept).__name__, tuple(getattr(kept, "block_size", ()))
-    grain = PerRow() if block and block[-1] == kept.shape[-1] else PerGroup(block[-1]) if block else None
-    if kind == "Int8Tensor":
-        return Int8WeightOnlyConfig(granularity=grain, set_inductor_config=False)
-    return IntxWeightOnlyConfig(kept.target_dtype, grain) if kind == "IntxUnpackedToInt8Tensor" else None
+
+def encode(value: Tensor, how: Kept) -> nn.Parameter:
+    """A plain matrix (out, in) as a quantised parameter.
+
+    Raises:
+        MissingExtra: the library is not installed.  CannotMerge: there is no telling how it is encoded.
+    """
+    if importlib.util.find_spec(how.library) is None:
+        raise MissingExtra(how.library, "quantised", f"keeping a matrix as {how.format}")
+    if how.tensor:
+        return _torchao(value, how)
+    return _eight_bit(value) if how.format == EightBit.name else _four_bit(value, how)
+
+
+def can_encode(how: Kept) -> bool:
+    """Whether `encode` knows the format, and finds its library here."""
+    known = how.tensor in TORCHAO if how.tensor else how.format in ("nf4", "fp4", EightBit.name)
+    return known and importlib.util.find_spec(how.library) is not None
+
+
+def _four_bit(value: Tensor, how: Kept, packed: torch.dtype = torch.uint8) -> nn.Parameter:
+    """Args: packed: the dtype in which the codes are kept."""
+    from bitsandbytes.nn import Params4bit
+
+    plain = Params4bit(
+        value.to(getattr(torch, str(how.dtype))),
+        requires_grad=False,
+        blocksize=how.block,
+        compress_statistics=how.double,
+        quant_type=how.format,
+        quant_storage=packed,
+    )
+    return plain.to(value.device)
+
+
+def _eight_bit(value: Tensor) -> nn.Parameter:
+    from bitsandbytes.nn import Int8Params
+
+    half = value.to("cpu", torch.float16)  # it is encoded when it leaves the CPU
+    return Int8Params(half, requires_grad=False, has_fp16_weights=False).to(value.device)
+
+
+TORCHAO = ("Int8Tensor", "IntxUnpackedToInt8Tensor")  # classes of tensor of which the settings can be read off
+
+
+def _torchao(value: Tensor, how: Kept) -> nn.Parameter:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup, PerRow
+
+    if how.tensor not in TORCHAO:
+        raise CannotMerge(
+            f"a weight kept as {how.tensor} cannot be encoded anew; merge without requantise leaves a plain layer, "
+            "which torchao can quantise again"
+        )
+    if how.tensor == "Int8Tensor":
+        grain = PerGroup(how.block) if how.block else PerRow()
+        config: Any = Int8WeightOnlyConfig(granularity=grain, set_inductor_config=False)
+    else:
+        bits = getattr(torch, how.format.removeprefix("torchao "))
+        config = IntxWeightOnlyConfig(bits, PerGroup(how.block) if how.block else PerAxis(0))
+    holder = nn.Sequential(nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta"))
+    holder[0].weight = nn.Parameter(value.to(getattr(torch, str(how.dtype))), requires_grad=False)
+    quantize_(holder, config)
+    return holder[0].weight  # type: ignore[return-value]
 
 
 # -- what sites ask ----------------------------------------------------------------------------------------------------
@@ -268,6 +336,19 @@ def decoded(module: nn.Module, leaf: str) -> Tensor:
     kept = of(module, leaf)
     value: Tensor = kept.decode(module, leaf) if kept else getattr(module, leaf)
     return value
+
+
+def kept(module: nn.Module, leaf: str) -> Kept | None:
+    """How a parameter is kept quantised; None for plain numbers."""
+    found = of(module, leaf)
+    return found.kept(module, leaf) if found else None
+
+
+def kept_as(value: Tensor, how: Kept) -> nn.Module:
+    """A module whose `weight` is a plain matrix (out, in), kept quantised; raises as `encode`."""
+    holder = nn.Module()
+    holder.weight = encode(value, how)
+    return holder
 
 
 def mark(module: nn.Module, leaf: str) -> Tensor:
@@ -340,6 +421,33 @@ def rest_dtype(model: nn.Module) -> torch.dtype:
 
 
 @dataclass(frozen=True)
+class Drifts:
+    """How far each of several matrices is from another: the norm of the difference over another norm.
+
+    Attributes:
+        of: by path.
+    """
+
+    of: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.of.values()) / len(self.of)
+
+    @property
+    def worst(self) -> str:
+        """The path of the matrix that is furthest off."""
+        return max(self.of, key=lambda path: self.of[path])
+
+    @property
+    def largest(self) -> float:
+        return self.of[self.worst]
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.2g} % on average, {100 * self.largest:.2g} % at most ({self.worst})"
+
+
+@dataclass(frozen=True)
 class Drift:
     """How far encoding has moved a merged matrix: the norm of the difference over another norm.
 
@@ -358,9 +466,9 @@ def encoded(layer: nn.Module, leaf: str, value: Tensor) -> nn.Parameter:
     Raises:
         CannotMerge: there is no telling how it was encoded.
     """
-    kept = of(layer, leaf)
-    assert kept is not None
-    return kept.encode(value, layer, leaf)
+    found = of(layer, leaf)
+    assert found is not None
+    return found.encode(value, layer, leaf)
 
 
 def rebuilt(layer: nn.Module, leaf: str, value: Tensor) -> nn.Module:

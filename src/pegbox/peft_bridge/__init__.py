@@ -66,7 +66,7 @@ def matrix(ours: Mapping[str, type[Method]]) -> list[dict[str, Any]]:
     Args:
         ours: Pegbox's own methods, to say which of them are a tuner's equation.
     """
-    from pegbox.peft_bridge.kinds import NOT_ON, REFUSED, facts
+    from pegbox.peft_bridge.kinds import REFUSED, facts
 
     entries = []
     for tuner in sorted(_tuners()):
@@ -83,7 +83,6 @@ def matrix(ours: Mapping[str, type[Method]]) -> list[dict[str, Any]]:
                 "per_row": "yes" if known.per_row else "no",
                 "needs": list(known.needs),
                 "ours": sorted(name for name, kind in kinds.items() if kind.lower() == tuner),
-                "not_on": dict(NOT_ON.get(tuner, {})),
                 "xfail": dict(known.xfail),
             }
         )

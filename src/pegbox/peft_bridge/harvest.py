@@ -97,9 +97,11 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def refusal(error: Exception, what: str) -> SettingsError | TargetError:
     """PEFT's refusal as ours."""
-    told = f"{what}: HF PEFT says: {' '.join(str(error).split())}"
+    told = f"{what}: HF PEFT refuses: {' '.join(str(error).split())}"
     about_target = isinstance(error, (TypeError, NotImplementedError)) or "arget" in str(error)
-    return TargetError(told) if about_target else SettingsError(told)
+    refused = TargetError(told) if about_target else SettingsError(told)
+    refused.peer = "HF PEFT"
+    return refused
 
 
 def _tuner_class(config: Any) -> Any:

@@ -27,10 +27,11 @@ class Facts:
         defaults: of settings for which PEFT has none, or none that holds for every model.
         named: settings that name modules, and their defaults in the language of targets.
         casts: its layers compute in whatever dtype their input has, with masters in float32.
-        of_steps: it acts after every step, and must know how many there are.
+        allocates: what it takes from training while it trains, by what matters least.
         of_class: its layers go around `nn.Linear` itself and no subclass.
         tied: it changes what is tied to a target as well.
         of_tasks: rows may be of different tasks, given as `task_ids` in the context.
+        small: settings that fit the tiny models of the suite, see `Method.small`.
     """
 
     how: How = "layers"
@@ -43,10 +44,11 @@ class Facts:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     named: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     casts: bool = True
-    of_steps: bool = False
+    allocates: Literal["ranks", "subspaces"] | None = None
     of_tasks: bool = False
     of_class: bool = False
     tied: bool = False
+    small: Mapping[str, Any] = field(default_factory=dict)
     xfail: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -55,16 +57,21 @@ OF_THE_BASE = "it is made of the base's weights, so that one made of a merged ba
 BLIND = "PEFT's layer reads the weight without its gradient, so what lies beneath gets none through it"
 
 FACTS: dict[str, Facts] = {
-    "adalora": Facts(of_steps=True, defaults={"total_step": None}),
-    "adamss": Facts(of_steps=True, xfail={"a_stack_is_one_around_the_other": OF_THE_BASE}),
+    "adalora": Facts(
+        allocates="ranks", defaults={"total_step": None}, small={"init_r": 4, "target_r": 2, "lora_alpha": 6},
+    ),
+    "adamss": Facts(allocates="subspaces", xfail={"a_stack_is_one_around_the_other": OF_THE_BASE}),
     "adaption_prompt": Facts(
         "attention", "attn", "modules", merges=False, casts=False, needs=("blocks",),
-        defaults={"adapter_len": 10, "adapter_layers": 2},
+        defaults={"adapter_len": 10, "adapter_layers": 2}, small={"adapter_len": 3, "adapter_layers": 1},
         xfail={"a_sum_adds_changes": "it goes around the whole attention, whose outputs are several"},
     ),
-    **{name: Facts(kinds="matrices") for name in ("boft", "hira", "loha", "lokr", "lora", "oft")},
+    **{name: Facts(kinds="matrices") for name in ("hira", "loha", "lokr")},
+    "boft": Facts(kinds="matrices", small={"boft_block_size": 2}),
+    "lora": Facts(kinds="matrices", small={"r": 4, "lora_alpha": 6}),
+    "oft": Facts(kinds="matrices", small={"oft_block_size": 2}),
     "c3a": Facts(identity=False),
-    "fourierft": Facts(identity=False),
+    "fourierft": Facts(identity=False, small={"n_frequency": 20}),
     "glora": Facts(of_class=True, xfail={
         "merged_equals_forward_in_bf16": "PEFT's layer adds its output to the base's and takes the base's off again, "
         "all in bfloat16, and rounds three times",
@@ -89,13 +96,13 @@ FACTS: dict[str, Facts] = {
         "resumes_to_the_same_bits": "it draws at every call while it trains",
     }),
     "tinylora": Facts(xfail={"other_seed_other_bits": OWN_SEED}),
-    "unilora": Facts(identity=False),
-    "vblora": Facts(identity=False),
+    "unilora": Facts(identity=False, small={"theta_d_length": 4000}),
+    "vblora": Facts(identity=False, small={"vector_length": 2, "num_vectors": 8}),
     "vera": Facts(xfail={"other_seed_other_bits": OWN_SEED}),
     "waveft": Facts(xfail={"other_seed_other_bits": OWN_SEED}),
     "beft": Facts(needs=("bias",), xfail={"other_seed_other_bits": "what it draws is set to zero"}),
     "cartridge": Facts("prefix", "attn", "modules", identity=False, merges=False, needs=("blocks",),
-                       defaults={"num_virtual_tokens": 20}),
+                       defaults={"num_virtual_tokens": 20}, small={"num_virtual_tokens": 3}),
     "ia3": Facts(
         targets=("attn.k", "attn.v", "attn.qkv", "mlp.down"), named={"feedforward_modules": ("mlp.down",)},
         xfail={"other_seed_other_bits": "what it draws is set to one"},
@@ -113,9 +120,11 @@ FACTS: dict[str, Facts] = {
         xfail={"a_stack_runs_all": "the outer one's trained norms stand in the place of the inner one's"},
     ),
     "multitask_prompt_tuning": Facts("prompt", "embed", "matrices", identity=False, merges=False,
-                                     needs=("token ids",), of_tasks=True, defaults={"num_virtual_tokens": 20}),
+                                     needs=("token ids",), of_tasks=True, defaults={"num_virtual_tokens": 20},
+                                     small={"num_virtual_tokens": 3, "num_tasks": 2}),
     "p_tuning": Facts("prompt", "embed", "matrices", identity=False, merges=False, needs=("token ids",),
-                      defaults={"num_virtual_tokens": 20, "encoder_hidden_size": 128}),
+                      defaults={"num_virtual_tokens": 20, "encoder_hidden_size": 128},
+                      small={"num_virtual_tokens": 3, "encoder_hidden_size": 8}),
     "poly": Facts(
         targets=(
             "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "mlp.gate", "mlp.up", "mlp.gate_up", "mlp.down",
@@ -127,11 +136,11 @@ FACTS: dict[str, Facts] = {
         },
     ),
     "prefix_tuning": Facts("prefix", "attn", "modules", identity=False, merges=False, needs=("blocks",),
-                           defaults={"num_virtual_tokens": 20}),
+                           defaults={"num_virtual_tokens": 20}, small={"num_virtual_tokens": 3}),
     "prompt_tuning": Facts("prompt", "embed", "matrices", identity=False, merges=False, needs=("token ids",),
-                           defaults={"num_virtual_tokens": 20}),
+                           defaults={"num_virtual_tokens": 20}, small={"num_virtual_tokens": 3}),
     "trainable_tokens": Facts(targets="embed", kinds="matrices", needs=("token ids",), tied=True,
-                              defaults={"token_indices": (0, 1)},
+                              defaults={"token_indices": (0, 1)}, small={"token_indices": tuple(range(2, 40))},
                               xfail={"a_stack_runs_all": "the outer one's rows stand in the place of the inner one's"}),
 }  # fmt: skip
 
@@ -141,12 +150,6 @@ REFUSED: dict[str, str] = {
     "peft:prompt_tuning trains the same virtual tokens on any objective",
     "shadow": "it runs a second backbone through hooks of PEFT's own model class; PEFT's get_peft_model runs it",
     "xlora": "it mixes LoRA adapters that are trained already; load them here and use Sum(a=0.5, b=0.5)",
-}
-
-# models on which PEFT itself cannot run a tuner, and why
-NOT_ON: dict[str, dict[str, str]] = {
-    "beft": {"llama": "it changes biases, and Llama has none"},
-    "adaption_prompt": {"bert": "PEFT has it for Llama, Mistral and GPT-2"},
 }
 
 # tuners whose files hold what the tuner has made, not what made it: read as the tuner that has just that

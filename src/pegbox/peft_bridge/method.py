@@ -10,10 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from pegbox.core import Anatomy, Graft, Method, Site, Traits, Tuned, setting
+from pegbox.core import Anatomy, Graft, Method, Site, Traits, setting
 from pegbox.core.adapter import Adapter, check_fit, path_of
 from pegbox.core.errors import SettingsError, TargetError
 from pegbox.core.site import ModuleSite
@@ -93,16 +92,16 @@ class PeftMethod(Method):
         known = {f.name for f in dataclasses.fields(self.config)}
         if "target_modules" in known and self.facts.how == "layers":
             values["target_modules"] = _short(paths, paths, model)
-        return self._configured(values | self._own_values(model))
+        return self._configured(values | self.own_values())
 
     def given(self) -> dict[str, Any]:
         """The settings that PEFT has too, as it takes them."""
         given = {name: as_theirs(getattr(self, name)) for name in _offered_names(type(self))}
         return {name: value for name, value in given.items() if value is not None}
 
-    def _own_values(self, model: nn.Module) -> dict[str, Any]:
-        """Values that are not the user's to give."""
-        return {"total_step": 10**9} if self.tuner == "adalora" and getattr(self, "total_step", None) is None else {}
+    def own_values(self) -> dict[str, Any]:
+        """Values of PEFT's that no setting gives."""
+        return {}
 
     def _configured(self, values: Mapping[str, Any]) -> Any:
         try:
@@ -115,31 +114,6 @@ class PeftMethod(Method):
         names = getattr(self, name)
         present = tuple(n for n in names if names != self.facts.named[name] or n in anatomy.roles())
         return anatomy.resolve(present, kinds=self.kinds, who=self.name()) if present else []
-
-    # -- time ------------------------------------------------------------------------------------------------------
-
-    def after_step(self, tuned: Tuned, step: int, steps: int) -> None:
-        if not self.facts.of_steps:
-            return
-        for adapter in _of(tuned, self):
-            bank = _bank(adapter)
-            if getattr(self, "total_step", 0) is None:
-                bank.config.total_step = steps
-            with mounted(tuned.model, bank, _layers(adapter)):
-                bank.tuner[0].update_and_allocate(step)  # type: ignore[operator]
-
-    def penalty(self, tuned: Tuned) -> Tensor | None:
-        """AdaLoRA's: how far its factors are from orthogonal, as PEFT's model class adds it to the loss."""
-        weight = getattr(self, "orth_reg_weight", 0.0)
-        if not weight:
-            return None
-        factors = [
-            p if "lora_A" in key else p.T
-            for adapter in _of(tuned, self)
-            for key, p in adapter.own().items()
-            if "lora_A" in key or "lora_B" in key
-        ]
-        return weight * torch.stack([(f @ f.T - torch.eye(len(f), device=f.device)).norm() for f in factors]).mean()
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -154,14 +128,14 @@ class PeftMethod(Method):
         found = {key: value for key, value in tensors.items() if INSIDE not in key}
         check_fit(found, {theirs: state[ours] for theirs, ours in names.items()} | more, "the adapter")
         if more:
-            put(model, _bank(adapter), _layers(adapter), found)
+            put(model, bank_of(adapter), layers_of(adapter), found)
         return state | {ours: found[theirs] for theirs, ours in names.items()}
 
     def _file_names(self, model: nn.Module, adapter: Adapter) -> tuple[dict[str, str], State]:
-        return file_names(model, _bank(adapter), _layers(adapter), adapter.own_state())
+        return file_names(model, bank_of(adapter), layers_of(adapter), adapter.own_state())
 
     def file_config(self, adapter: Adapter) -> dict[str, Any]:
-        return plain_config(_bank(adapter).config)
+        return plain_config(bank_of(adapter).config)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,6 +180,7 @@ def method_class(tuner: str) -> type[PeftMethod]:
             "traits": _traits(known),
             "kinds": _kinds(known),
             "aliases": aliases(config),
+            "small": known.small,
             "reads": ("task_ids",) if known.of_tasks else (),
             "__module__": __name__,
         },
@@ -216,6 +191,10 @@ def method_class(tuner: str) -> type[PeftMethod]:
 
 
 def _base(known: Facts) -> type[PeftMethod]:
+    if known.allocates is not None:
+        from pegbox.peft_bridge.allocating import Ranks, Subspaces
+
+        return Ranks if known.allocates == "ranks" else Subspaces
     if known.how not in ("prompt", "prefix"):
         return PeftMethod
     from pegbox.peft_bridge.prompts import PrefixMethod, PromptMethod
@@ -273,16 +252,11 @@ def _short(some: list[str], paths: list[str], model: nn.Module) -> list[str]:
     return sorted({p.rpartition(".")[2] for p in some}) if named == set(paths) else some
 
 
-def _bank(adapter: Adapter) -> Bank:
+def bank_of(adapter: Adapter) -> Bank:
     assert isinstance(adapter.shared, Bank)
     return adapter.shared
 
 
-def _layers(adapter: Adapter) -> dict[str, nn.Module]:
+def layers_of(adapter: Adapter) -> dict[str, nn.Module]:
     grafts = {path_of(key): graft for key, graft in adapter.grafts.items()}
     return {path: graft.layer for path, graft in grafts.items() if isinstance(graft, LayerGraft)}
-
-
-def _of(tuned: Tuned, method: PeftMethod) -> list[Adapter]:
-    """The adapters in use that this method trains."""
-    return [a for a in map(tuned.adapter, tuned.active) if a.method is method]

@@ -31,6 +31,7 @@ from pegbox.train.identity import identity
 from pegbox.train.quantised import allow_quantised
 from pegbox.train.sampler import SimilarLengths
 from pegbox.train.sharding import shard_on_cpu
+from pegbox.train.training_state import load_training_state, save_training_state
 from pegbox.train.turns import takes_turns
 
 Loss = Callable[..., Losses]
@@ -263,12 +264,13 @@ class Trainer(transformers.Trainer):
         finally:
             self._staging, self.args.save_total_limit = None, limit
         self.accelerator.wait_for_everyone()
+        written = output / checkpoints.UNFINISHED / name
+        save_training_state(self.tuned, written, writes=self.args.should_save)
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(output / f"{checkpoints.PREFIX}{self.state.best_global_step}")
         if self.args.should_save:
-            folder = output / checkpoints.UNFINISHED / name
-            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            checkpoints.seal(folder, output, {"identity": self.identity(), "progress": self._progress()})
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            checkpoints.seal(written, output, {"identity": self.identity(), "progress": self._progress()})
             os.rmdir(output / checkpoints.UNFINISHED)
             checkpoints.rotate(output, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
@@ -303,6 +305,7 @@ class Trainer(transformers.Trainer):
             if file.method != mine.name():
                 raise AdapterError(f"{place} holds a {file.method} adapter, this run trains {mine.name()}")
             files.fill(file, self.tuned, name)
+        load_training_state(self.tuned, folder)
 
     _resumed: Path | None = None
 
