@@ -6,9 +6,13 @@ import pytest
 from torch import nn
 
 import pegbox
-from pegbox import anatomy
+from pegbox import anatomy, methods
 from pegbox.anatomy.discover import discover
+from pegbox.checks import Case
+from pegbox.checks.lab import shake
+from pegbox.core.errors import TargetError
 
+from .batches import inputs, number
 from .tiny import DECODER, LLAVA, tiny
 
 PAIRS = [("clip", "CLIPModel"), ("siglip", "SiglipModel"), ("llava", "LlavaForConditionalGeneration")]
@@ -81,6 +85,56 @@ def test_any_language_model_may_follow_the_vision_tower(language_model: str) -> 
     found = anatomy.of(model)
     assert len(found.role("text.block")) == 2
     assert found.role("attn.out")[-1] == "model.language_model.layers.1.self_attn.o_proj"
+
+
+def llava(taken: int | list[int], **vision: object) -> nn.Module:
+    """Takes the vision tower's states after some of its three blocks, by their place among four."""
+    sizes = {**LLAVA["vision_config"], "num_hidden_layers": 3, **vision}
+    return tiny("llava", "LlavaForConditionalGeneration", vision_config=sizes, vision_feature_layer=taken)
+
+
+@pytest.mark.parametrize(
+    ("taken", "read"), [(-1, 3), (-2, 2), (1, 1), ([-2, 0], 2), ([1, -1], 3)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("vision", [{}, {"model_type": "dinov2"}], ids=["known", "discovered"])
+def test_blocks_of_a_tower_that_are_not_read_have_no_role(
+    taken: int | list[int], read: int, vision: dict[str, str]
+) -> None:
+    found = anatomy.of(llava(taken, **vision))
+    every = [path for path, _ in found.model.named_modules() if path.startswith("model.vision_tower.")]
+    never = {path for path in every if path.endswith(tuple(f"layers.{n}" for n in range(read, 3)))}
+    never |= {path for path in every if path.endswith(tuple(f"layer.{n}" for n in range(read, 3)))}
+    assert len(never) == 3 - read
+    assert len(found.role("vision.block")) == read
+    chosen = [path for role in found.roles() for path in found.role(role)] + found.resolve("all-linear")
+    assert [path for path in chosen if any(f"{path}.".startswith(f"{n}.") for n in never)] == []
+
+
+@pytest.mark.parametrize("name", [n for n in methods.names() if n not in ("full", "lisa")])  # of these, base tensors
+def test_no_graft_is_put_where_nothing_is_read(name: str) -> None:
+    model = llava(-2)
+    try:
+        tuned = pegbox.tune(model, Case(name).built())
+    except TargetError:
+        return
+    try:
+        number(shake(tuned)(**inputs(model))).backward()
+        assert [key for key, p in tuned.trainable().items() if p.grad is None] == []
+    finally:
+        tuned.detach()
+        model.zero_grad()
+
+
+def test_what_is_not_read_is_named_by_its_path_alone() -> None:
+    found, late = anatomy.of(llava(-2)), "model.vision_tower.encoder.layers.2.mlp.fc1"
+    assert found.resolve(late) == [late]
+    assert late not in found.resolve("fc1")
+    for item in ("layers.2.mlp.fc1", r".*layers\.2\.mlp\.fc1"):
+        with pytest.raises(TargetError, match="nothing in this model depends"):
+            found.resolve(item)
+        assert found.resolve("mlp.up", exclude=item) == found.resolve("mlp.up")
+    with pytest.raises(TargetError, match=r"up to model\.vision_tower\.encoder\.layers\.1"):
+        pegbox.tune(llava(-2), "ladder", targets="vision.block", reduction=4, heads=2)
 
 
 def test_a_tower_of_an_unknown_type_is_discovered() -> None:

@@ -13,9 +13,10 @@ from pegbox.anatomy import tables
 from pegbox.anatomy.discover import discover
 from pegbox.anatomy.divide import NOTHING, Division, divide
 from pegbox.anatomy.heads import kv_heads
-from pegbox.anatomy.paths import ancestry, matches
+from pegbox.anatomy.paths import ancestry, matches, within
 from pegbox.anatomy.roles import ROLES, TOWERS, is_role, under
 from pegbox.anatomy.targets import resolve
+from pegbox.anatomy.unread import unread
 from pegbox.core.errors import TargetError, did_you_mean
 from pegbox.core.layout import LINEAR
 from pegbox.core.parts import Rows, named_rows
@@ -33,6 +34,7 @@ class Anatomy:
         found: role to paths in model order; a role that the model lacks is absent.
         model: whose anatomy this is.
         division: matrices beyond the modules' own weights, and how matrices are divided.
+        unread: modules without a role because nothing depends on what they give.
     """
 
     model_type: str | None
@@ -40,6 +42,7 @@ class Anatomy:
     found: Mapping[str, tuple[str, ...]]
     model: nn.Module = field(repr=False, compare=False)
     division: Division = NOTHING
+    unread: frozenset[str] = frozenset()
 
     def roles(self) -> dict[str, list[str]]:
         """Every role that this model has, to its module paths in model order."""
@@ -149,7 +152,8 @@ def of(model: nn.Module) -> Anatomy:
     """The anatomy of `model`: from the data file that knows its type or class, else discovered.
 
     A model of a known type in which the file's `block` matches nothing (another layout of the same
-    architecture) is discovered as well.  A tower (`vision`, `text`) brings the roles of its own type, all but a head.
+    architecture) is discovered as well.  A tower (`vision`, `text`) brings the roles of its own type, all but a head;
+    what of it is not read has none.
     """
     # Any nn.Module is welcome, so a missing config is an answer, not an error.
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -157,10 +161,13 @@ def of(model: nn.Module) -> Anatomy:
     table = by_type.get(model_type) if isinstance(model_type, str) else by_class.get(type(model).__name__)
     found = _with_towers(model, _matched(model, table.roles)) if table else {}
     if table and "block" in found:
-        division = divide(model, table.roles, table.splits, found) | _of_towers(model, found)
-        return Anatomy(model_type, table.source, found, model, division)
-    found = discover(model)
-    return Anatomy(model_type, DISCOVERED, found, model, divide(model, tables.generic()["leaf"], {}, found))
+        source, division = table.source, divide(model, table.roles, table.splits, found) | _of_towers(model, found)
+    else:
+        found = discover(model)
+        source, division = DISCOVERED, divide(model, tables.generic()["leaf"], {}, found)
+    late = unread(model, found)
+    read = {role: tuple(path for path in paths if not within(path, late)) for role, paths in found.items()}
+    return Anatomy(model_type, source, {role: paths for role, paths in read.items() if paths}, model, division, late)
 
 
 def _matched(model: nn.Module, roles: tables.Patterns) -> dict[str, tuple[str, ...]]:

@@ -63,6 +63,14 @@ def _only_weights(scope: Scope, paths: list[str]) -> str:
     return f"{paths[0]}, and {scope.who} works on whole modules{instead}; a method that maps weights works there"
 
 
+def unread(item: str, paths: list[str]) -> str:
+    """The item names only what nothing in the model depends on."""
+    return (
+        f"{item!r} names {paths[0]}, on whose outputs nothing in this model depends, so that no gradient would come "
+        "there: the vision tower's states are taken before it (vision_feature_layer)"
+    )
+
+
 def outside_layers(scope: Scope, item: str, paths: Iterable[str]) -> str:
     """The item's modules all lie in other blocks, or in none."""
     depths = sorted({depth for depth in map(scope.anatomy.depth, paths) if depth is not None})

@@ -9,7 +9,7 @@ An item is read as the first of these that names a module of the right kind:
 5. a regular expression that matches whole paths, if the item has a sign that only those have.
 
 What is named as a whole, a block or `attn`, stands for the linears in it; embeddings and convolutions are named
-themselves.
+themselves.  What nothing in the model depends on (see `unread`) is named by its whole path alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import nn
 
 from pegbox.anatomy import refusals
 from pegbox.anatomy.layers import layer_indices
+from pegbox.anatomy.paths import within
 from pegbox.anatomy.roles import ROLES, under
 from pegbox.anatomy.scope import Scope, stem_of
 from pegbox.core.errors import TargetError
@@ -115,7 +116,7 @@ def _each(field: str, items: Iterable[str], find: Callable[[str], list[str]]) ->
 
 
 def _chosen(scope: Scope, keep: set[int] | None, item: str) -> list[str]:
-    paths = _read(scope, item)
+    paths = _that_are_read(scope, item, _read(scope, item))
     inside = [path for path in paths if keep is None or scope.anatomy.depth(path) in keep]
     if not inside:
         raise TargetError(refusals.outside_layers(scope, item, paths))
@@ -139,6 +140,14 @@ def _read(scope: Scope, item: str) -> list[str]:
     if item in EVERYTHING:
         raise TargetError(refusals.no_linears(scope))
     raise TargetError(refusals.wrong_kind(scope, item, unfit) if unfit else refusals.nothing(scope, item))
+
+
+def _that_are_read(scope: Scope, item: str, paths: list[str]) -> list[str]:
+    """Without what nothing depends on, unless the item is its path."""
+    read = [path for path in paths if path == item or not within(path, scope.anatomy.unread)]
+    if not read:
+        raise TargetError(refusals.unread(item, paths))
+    return read
 
 
 def _everything(scope: Scope, item: str) -> list[str]:

@@ -78,7 +78,7 @@ def trunks(model: nn.Module, anatomy: Anatomy, read: Iterable[str]) -> list[Trun
 
     Raises:
         TargetError: they lie in stacks of which the second does not read the first, or in one that gives no hidden
-            states because it holds the head itself.
+            states because it holds the head itself, or whose last blocks are not read.
     """
     paths = list(dict.fromkeys(holder(block) for block in read))
     found = [Trunk.at(path, model.get_submodule(path), anatomy) for path in paths]
@@ -93,7 +93,19 @@ def trunks(model: nn.Module, anatomy: Anatomy, read: Iterable[str]) -> list[Trun
                 f"{trunk.path or 'the model'} holds its head {heads[0]!r} beside its blocks, so that no module gives "
                 "the hidden states that a side network joins"
             )
+        if more := _later(model, trunk):
+            raise TargetError(
+                f"the rest of the model reads {trunk.path or 'the model'} up to {trunk.blocks[-1]}, and {more[0]} "
+                "follows, so that nothing reads what a side network joins at its end"
+            )
     return found
+
+
+def _later(model: nn.Module, trunk: Trunk) -> list[str]:
+    """Paths of what stands in the list of blocks behind the last of them."""
+    in_list = trunk.blocks[-1].rpartition(".")[0]
+    members = [f"{in_list}.{name}" for name, _ in model.get_submodule(in_list).named_children()]
+    return members[members.index(trunk.blocks[-1]) + 1 :]
 
 
 @dataclass
