@@ -80,7 +80,10 @@ def test_prefix_names_the_module_itself_where_any_module_will_do(llama: nn.Modul
 
 
 def test_a_whole_module_that_is_not_one_is_refused(bert: nn.Module) -> None:
-    assert refusal(bert, "mlp", kinds=ANY).startswith("targets 'mlp' is a role that this model lacks; it has: embed, ")
+    assert refusal(bert, "mlp", kinds=ANY, who="full") == (
+        "targets 'mlp' is no one module of this model, and full works on whole ones; target mlp.up, mlp.down"
+    )
+    assert refusal(bert, "cross", kinds=ANY).startswith("targets 'cross' is a role that this model lacks; it has: ")
     assert len(resolved(bert, "mlp")) == 4
 
 

@@ -49,9 +49,10 @@ def test_dropout_is_inside_the_bottleneck() -> None:
     assert torch.allclose(site.module(x), site.original(x) + 0.1 * p["up_bias"], atol=1e-6)
 
 
-def test_an_mlp_that_is_no_module() -> None:
+@pytest.mark.parametrize("targets", ["mlp", ("mlp",)])
+def test_an_mlp_that_is_no_module(targets: str | tuple[str, ...]) -> None:
     """BERT's: the branch reads what the first projection reads, and adds to what the last one gives."""
-    tuned = shake(pegbox.tune(family("bert"), "adaptformer", bottleneck=4)).eval()
+    tuned = shake(pegbox.tune(family("bert"), "adaptformer", bottleneck=4, targets=targets)).eval()
     seen: dict[str, torch.Tensor] = {}
     first: Any
     last: Any

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from pegbox.anatomy.roles import is_role
+from pegbox.anatomy.roles import is_role, under
 from pegbox.anatomy.scope import APART, Scope, stem_of
 from pegbox.core.parts import parameter_paths
 
@@ -21,6 +21,10 @@ def nothing(scope: Scope, item: str) -> str:
     parameters = [path for path in parameter_paths(scope.modules) if path == item or path.endswith(f".{item}")]
     if parameters and not scope.parts:
         return f"{item!r} names parameters of other modules here, {_only_weights(scope, parameters)}"
+    if parts := under(item, scope.anatomy.roles()):
+        return (
+            f"{item!r} is no one module of this model, and {scope.who} works on whole ones; target {', '.join(parts)}"
+        )
     if is_role(item):
         return f"{item!r} is a role that this model lacks; it has: {', '.join(scope.anatomy.roles())}"
     return f"{item!r} match 0 of {len(scope.fitting)} {scope.noun()}; {_closest(scope, item)}"
