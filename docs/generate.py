@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -178,7 +179,7 @@ def sites_page() -> str:
     """Every method on every kind of site and storage, as trying it out says."""
     from pegbox.checks.sites import PLACES, on_sites, outcome
 
-    reasons: dict[str, int] = {}
+    refusals: dict[str, list[str]] = {}  # what is said, to the methods that say it
     lines = [
         "# Sites",
         "",
@@ -194,10 +195,18 @@ def sites_page() -> str:
         cells = []
         for place in PLACES:
             why = outcome(cls, place)
-            cells.append("yes" if why is None else f"refused ({reasons.setdefault(why, len(reasons) + 1)})")
+            cells.append("yes" if why is None else f"refused ({noted(refusals, cls.name(), why)})")
         lines.append(f"| [{cls.name()}](methods/{cls.name()}.md) | " + " | ".join(cells) + " |")
-    lines += ["", *(f"{number}. {why}" for why, number in reasons.items())]
+    lines += ["", *(f"{n}. {', '.join(names)}: {why}" for n, (why, names) in enumerate(refusals.items(), 1))]
     return "\n".join(lines) + "\n"
+
+
+def noted(refusals: dict[str, list[str]], method: str, why: str) -> int:
+    """The number of a refusal among those so far, the same for all methods that say the same of themselves."""
+    said = re.sub(rf"\b{method}\b", "it", why)
+    names = refusals.setdefault(said, [])
+    names += [method] * (method not in names)
+    return list(refusals).index(said) + 1
 
 
 def architectures_page() -> str:
