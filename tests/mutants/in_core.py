@@ -248,7 +248,7 @@ MUTANTS = [
         "the header is not looked at",
         around(files, "_read_header", lambda original, path, text: files.json.loads(text)),
     ),
-    Mutant("another_base_is_refused", LORA, "every base is alike", put(files, "fingerprint", lambda *_, **__: "same")),
+    Mutant("another_base_is_refused", LORA, "every base is alike", put(files, "_base_drift", lambda *_, **__: None)),
     Mutant("each_of_two_is_itself", LORA, "all adapters run", around(tuned, "chain", one_for_all)),
     Mutant("company_is_refused", FULL, "anyone may come", put(Tuned, "_check_alone", lambda *_: None)),
     Mutant("the_named_adapter_is_saved", LORA, "the one in use is saved", around(Tuned, "state", in_use)),

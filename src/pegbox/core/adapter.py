@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pegbox.core import storage
 from pegbox.core.context import Context
 from pegbox.core.errors import AdapterError, TargetError
+from pegbox.core.fingerprint import BaseDrift
 from pegbox.core.graft import CopyGraft, Graft
 from pegbox.core.layout import is_linear
 from pegbox.core.method import Anatomy, Method
@@ -39,6 +40,7 @@ class Adapter(nn.Module):
         self.selected: tuple[str, ...] = ()
         self.trained: frozenset[str] = frozenset()  # own parameters that were trainable when built
         self.resting: frozenset[str] = frozenset()  # those of `ever` that do not train now
+        self.base_drift: BaseDrift | None = None  # of the base here from the one it was trained on, kept otherwise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         """Follow the base to a device, never to a dtype: masters stay float32."""

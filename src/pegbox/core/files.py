@@ -9,6 +9,7 @@ and renamed; nothing is ever unpickled.  PEFT's half of this is in `pegbox.core.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 from pegbox.core import peft_files
 from pegbox.core.adapter import Adapter, State, path_of
 from pegbox.core.errors import AdapterError, SettingsError, TargetError, did_you_mean
-from pegbox.core.fingerprint import fingerprint
+from pegbox.core.fingerprint import BaseDrift, BaseRecord, fingerprint
 from pegbox.core.method import Method
 from pegbox.core.settings import build
 from pegbox.core.sharded import whole
@@ -44,6 +45,8 @@ HEADER: dict[str, tuple[type, ...]] = {  # what Pegbox writes, and its types
     "extra": (dict,),
 }
 
+log = logging.getLogger("pegbox")
+
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -57,6 +60,7 @@ class AdapterFile:
         fingerprint: of the base; None where the file does not say.
         tensors: by key of the file.
         extra: what the saver added (labels, task).
+        record: of the base, so that it is known where it is kept in another way; None where the file has none.
     """
 
     method: str
@@ -66,6 +70,7 @@ class AdapterFile:
     fingerprint: str | None
     tensors: State
     extra: dict[str, Any]
+    record: BaseRecord | None = None
 
 
 def save(
@@ -80,12 +85,14 @@ def save(
     folder = Path(directory)
     adapter = tuned.adapter(name)
     copies = [path_of(key) for key in adapter.copies]
+    record = BaseRecord.of(tuned.model, without=copies) if adapter.method.traits.keeps_base else None
     header = {
         "format": FORMAT,
         "method": adapter.method.name(),
         "settings": asdict(adapter.method),
         "also_train": copies,
-        "fingerprint": fingerprint(tuned.model, without=copies) if adapter.method.traits.keeps_base else None,
+        "fingerprint": record and record.fingerprint,
+        "base_record": record and record.to_json(),
         "base": _base_name(tuned),
         "extra": extra,
     }
@@ -122,21 +129,21 @@ def read(
         return from_peft(config, tensors, known.values(), folder / CONFIG, bridge)
     if header["method"] not in known and not (bridge and bridge(config, header["method"])):
         raise AdapterError(f"{folder}: unknown method {header['method']!r}{did_you_mean(header['method'], known)}")
-    return AdapterFile(tensors=tensors, **{key: header[key] for key in HEADER})
+    said, mark = header.get("base_record"), header["fingerprint"]
+    record = BaseRecord.from_json(said, mark) if said and mark else None
+    return AdapterFile(tensors=tensors, record=record, **{key: header[key] for key in HEADER})
 
 
 def put(file: AdapterFile, tuned: Tuned, method: type[Method], name: str = "default") -> Tuned:
     """Add a read adapter to a tuned model.
 
+    A base that is the same and kept otherwise, quantised say, is told in a line of the log, and in the adapter's
+    `base_drift`.
+
     Raises:
         AdapterError: the base is another one, or a setting, a target or a tensor does not fit it.
     """
-    found = file.fingerprint and fingerprint(tuned.model, without=file.also_train)
-    if file.fingerprint != found:
-        raise AdapterError(
-            f"this adapter was trained on another base ({file.base or 'unnamed'}, fingerprint {file.fingerprint}); "
-            f"this model is {_base_name(tuned) or 'unnamed'}, fingerprint {found}"
-        )
+    drift = _base_drift(file, tuned)
     before = tuned._plan
     try:
         built = build(method, file.settings, what=file.method)
@@ -148,7 +155,31 @@ def put(file: AdapterFile, tuned: Tuned, method: type[Method], name: str = "defa
     except AdapterError:
         tuned.remove(name, then=before)
         raise
+    tuned.adapter(name).base_drift = drift
+    if drift is not None:
+        log.warning("%s", drift)
     return tuned
+
+
+def _base_drift(file: AdapterFile, tuned: Tuned) -> BaseDrift | None:
+    """How far the base is from that of the file, where it is the same one kept in another way.
+
+    Raises:
+        AdapterError: it is another one.
+    """
+    found = file.fingerprint and fingerprint(tuned.model, without=file.also_train)
+    if file.fingerprint == found:
+        return None
+    told = (
+        f"this adapter was trained on another base ({file.base or 'unnamed'}, fingerprint {file.fingerprint}); "
+        f"this model is {_base_name(tuned) or 'unnamed'}, fingerprint {found}"
+    )
+    if file.record is None:
+        raise AdapterError(f"{told}. The file does not say how its base was kept: if quantised, load that")
+    try:
+        return file.record.compare(tuned.model, without=file.also_train)
+    except AdapterError as error:
+        raise AdapterError(f"{told}: {error}") from error
 
 
 def fill(file: AdapterFile, tuned: Tuned, name: str) -> None:

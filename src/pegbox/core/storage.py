@@ -238,9 +238,17 @@ class TorchAO(Storage):
         kept: Any = getattr(module, leaf)
         block = tuple(getattr(kept, "block_size", ()))
         shared = None if not block or block[-1] == kept.shape[-1] else int(block[-1])
-        tensor = type(kept).__name__
         dtype = str(kept.dtype).removeprefix("torch.")
-        return Kept(self.name, dtype, shared, tensor=f"{tensor}, inputs too" if self.rounds_inputs else tensor)
+        return Kept(self.name, dtype, shared, tensor=type(kept).__name__ + self._oddity(kept))
+
+    def _oddity(self, kept: Any) -> str:
+        """What else its class may do, and `encode` does not."""
+        if self.rounds_inputs:
+            return ", inputs rounded too"
+        if next(iter(getattr(kept, "block_size", (1,)))) != 1:
+            return ", one scale for several rows"
+        zero = getattr(kept, "zero_point", None)
+        return ", asymmetric" if zero is not None and bool(zero.any()) else ""
 
 
 _INPUTS_TOO = ("act_quant_kwargs", "activation_quantization")  # set where inputs are rounded too
