@@ -53,6 +53,37 @@ class Lookups(nn.Module):
         return answer
 
 
+class Only(nn.Module):
+    """One layer, at `layers.site`, and a fixed one after it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"site": layer})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers["site"](x)
+        return y.tanh()
+
+
+class Attention(nn.Module):
+    """torch's attention, of two heads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, width) -> (B, T, width)
+        y: Tensor = self.attn(x, x, x, need_weights=False)[0]
+        return y
+
+
+def conv1d(width: int) -> nn.Module:
+    """transformers' linear layer that keeps its matrix transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(width, width)
+
+
 def nf4(model: nn.Module) -> nn.Module:
     """Linears of the blocks as bitsandbytes keeps them for QLoRA: nf4, the scales quantised too."""
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -86,6 +117,16 @@ def int8(model: nn.Module) -> nn.Module:
         return layer
 
     return _with_linears(model, quantised)
+
+
+def torchao(model: nn.Module, bits: int) -> nn.Module:
+    """Every linear as torchao keeps it in eight bits, or in four by groups of 32."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    four = IntxWeightOnlyConfig(torch.int4, PerGroup(32))  # type: ignore[attr-defined]
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False) if bits == 8 else four)
+    return model
 
 
 def _with_linears(model: nn.Module, change: Callable[[nn.Linear], nn.Module]) -> nn.Module:

@@ -75,22 +75,31 @@ def llama(*, hidden: int = 32, mlp: int = 48, heads: int = 4, kv_heads: int = 2,
     """Grouped-query attention: half as many key and value heads as query heads; no biases."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        pad_token_id=PAD,
-        eos_token_id=None,
-        bos_token_id=1,
-        initializer_range=0.1,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**_decoder(hidden, mlp, heads, kv_heads), tie_word_embeddings=tied))
+
+
+def mixture() -> nn.Module:
+    """A decoder whose experts keep their matrices in two parameters of one module; every token goes to both."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**_decoder(), num_local_experts=2, num_experts_per_tok=2))
+
+
+def _decoder(hidden: int = 32, mlp: int = 48, heads: int = 4, kv_heads: int = 2) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 64,
+        "pad_token_id": PAD,
+        "eos_token_id": None,
+        "bos_token_id": 1,
+        "initializer_range": 0.1,
+        "use_cache": False,
+    }
 
 
 def tied() -> nn.Module:

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from pegbox import anatomy, methods
-from pegbox.checks import kinds
+from pegbox.checks import kinds, models
 from pegbox.checks.case import small
 from pegbox.checks.check import require
 from pegbox.checks.lab import bits, logits, require_close, require_same_bits, shake
-from pegbox.checks.models import gpt2, text
+from pegbox.checks.models import Batch
 from pegbox.core.errors import PegboxError
 from pegbox.core.method import Method
 from pegbox.core.settings import build
 from pegbox.core.tuned import Tuned
 
-WIDTH = 16
+WIDTH, WIDE = 16, 64  # the second where a quantised format wants blocks of 64
 ON_SITES = {"weight", "output", "selection"}  # the seams that act on a site; the others do on a whole model
 
 
@@ -33,7 +33,7 @@ class Place:
     Attributes:
         name: as the table's column has it.
         build: the model.
-        inputs: of its forward.
+        batch: of a seed, for its forward.
         targets: what a method is told.
         package: that brings the storage.
         rounding: how far the site's own forward may be from computing with its matrix.
@@ -41,106 +41,40 @@ class Place:
 
     name: str
     build: Callable[[], nn.Module]
-    inputs: Callable[[], tuple[tuple[Tensor, ...], dict[str, Tensor]]]
+    batch: Callable[[int], Batch]
     targets: str
     package: str | None = None
     rounding: float = 1e-5
 
     def output(self, model: nn.Module) -> Tensor:
-        args, kwargs = self.inputs()
-        return logits(model(*args, **kwargs))
+        return logits(model(**models.inputs(self.batch(0))))
 
 
-class Only(nn.Module):
-    """One layer and a fixed one after it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleDict({"site": layer})
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layers["site"](x)
-        return y.tanh()
+def _drawn(*shape: int) -> Callable[[int], Batch]:
+    """Batches of normal values."""
+    return lambda seed: {"x": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
 
 
-class Attention(nn.Module):
-    """torch's attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.attn(x, x, x, need_weights=False)[0]
-        return y
+def _ids(seed: int) -> Batch:
+    return {"x": torch.randint(12, (3, 5), generator=torch.Generator().manual_seed(seed))}
 
 
-def mixture() -> nn.Module:
-    """A transformer whose experts keep their matrices in two parameters of one module."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=60,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        initializer_range=0.3,
-        use_cache=False,
-    )
-    return MixtralForCausalLM(config)
-
-
-def _features() -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    return (torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0)),), {}
-
-
-def _wide() -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    return (torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)),), {}
-
-
-def _pixels() -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    return (torch.randn(3, WIDTH, 5, 4, generator=torch.Generator().manual_seed(0)),), {}
-
-
-def _tokens() -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    return (torch.arange(15).reshape(3, 5) % 12,), {}
-
-
-def _text() -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    return (), {k: v for k, v in text(0).items() if k != "labels"}
-
-
-def _transposed() -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
-
-    return Only(Conv1D(WIDTH, WIDTH))
-
-
-def _torchao(word: str) -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
-
-    model = Only(nn.Linear(64, 64))
-    four = IntxWeightOnlyConfig(torch.int4, PerGroup(32))  # type: ignore[attr-defined]
-    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False) if word == "int8" else four)
-    return model
+def _linear(width: int) -> nn.Module:
+    return kinds.Only(nn.Linear(width, width))
 
 
 PLACES = (
-    Place("Linear", lambda: Only(nn.Linear(WIDTH, WIDTH)), _features, "site"),
-    Place("Conv1D (transformers)", _transposed, _features, "site"),
-    Place("Conv2d", lambda: Only(nn.Conv2d(WIDTH, WIDTH, 3, padding=1)), _pixels, "site"),
-    Place("Embedding", lambda: Only(nn.Embedding(12, WIDTH)), _tokens, "site"),
-    Place("rows of a fused matrix", gpt2, _text, "attn.q"),
-    Place("experts", mixture, _text, "experts.down_proj"),
-    Place("MultiheadAttention", Attention, _features, "in_proj_weight"),
-    Place("Linear, nf4", lambda: kinds.nf4(Only(nn.Linear(64, 64))), _wide, "site", "bitsandbytes"),
-    Place("Linear, int8", lambda: kinds.int8(Only(nn.Linear(64, 64))), _wide, "site", "bitsandbytes", 0.05),
-    Place("Linear, torchao int8", lambda: _torchao("int8"), _wide, "site", "torchao"),
-    Place("Linear, torchao int4", lambda: _torchao("int4"), _wide, "site", "torchao"),
+    Place("Linear", lambda: _linear(WIDTH), _drawn(3, 5, WIDTH), "site"),
+    Place("Conv1D (transformers)", lambda: kinds.Only(kinds.conv1d(WIDTH)), _drawn(3, 5, WIDTH), "site"),
+    Place("Conv2d", lambda: kinds.Only(nn.Conv2d(WIDTH, WIDTH, 3, padding=1)), _drawn(3, WIDTH, 5, 4), "site"),
+    Place("Embedding", lambda: kinds.Only(nn.Embedding(12, WIDTH)), _ids, "site"),
+    Place("rows of a fused matrix", models.gpt2, models.text, "attn.q"),
+    Place("experts", models.mixture, models.text, "experts.down_proj"),
+    Place("MultiheadAttention", lambda: kinds.Attention(WIDTH), _drawn(3, 5, WIDTH), "in_proj_weight"),
+    Place("Linear, nf4", lambda: kinds.nf4(_linear(WIDE)), _drawn(3, 5, WIDE), "site", "bitsandbytes"),
+    Place("Linear, int8", lambda: kinds.int8(_linear(WIDE)), _drawn(3, 5, WIDE), "site", "bitsandbytes", 0.05),
+    Place("Linear, torchao int8", lambda: kinds.torchao(_linear(WIDE), 8), _drawn(3, 5, WIDE), "site", "torchao"),
+    Place("Linear, torchao int4", lambda: kinds.torchao(_linear(WIDE), 4), _drawn(3, 5, WIDE), "site", "torchao"),
 )
 
 
