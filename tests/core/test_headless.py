@@ -34,7 +34,6 @@ from pegbox.core.errors import ModelError
 from pegbox.core.headless import (
     Head,
     find_head,
-    head_is_plain,
     headless,
     logit_rule,
     logits_of,
@@ -123,7 +122,6 @@ def test_rule_is_proven_and_loss_equal(name: str) -> None:
     model: PreTrainedModel = make().eval()
     inputs, _ = batch()
     assert logit_rule(model, inputs) == rule
-    assert head_is_plain(model, inputs) == (rule == LogitRule())
     assert_trains_alike(model, model)
 
 

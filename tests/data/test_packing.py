@@ -27,7 +27,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from pegbox.core.errors import DataError, ModelError
 from pegbox.data.collate import PackedCollator, PadCollator
-from pegbox.data.packing import pack, require_packing, supports_packing
+from pegbox.data.packing import pack, require_packing
 from pegbox.data.tokenise import Encoded
 
 V = 61
@@ -204,12 +204,12 @@ class IgnoresPositions(nn.Module):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt2"])
 def test_models_that_can(name, attention):
-    assert supports_packing(build(name, attention))
+    require_packing(build(name, attention))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_low_precision_can_still(dtype):
-    assert supports_packing(build("llama").to(dtype))
+    require_packing(build("llama").to(dtype))
 
 
 def bert():
@@ -237,7 +237,6 @@ def t5():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_that_cannot_are_refused_with_a_way_out(model, fault, dtype):
     built = model().to(dtype)
-    assert not supports_packing(built)
     with pytest.raises(ModelError, match=fault) as error:
         require_packing(built)
     assert "turn packing off" in str(error.value)
@@ -249,7 +248,7 @@ def test_asking_leaves_the_model_as_it_was():
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
     state = torch.random.get_rng_state()
-    assert supports_packing(model)
+    require_packing(model)
     assert [module.training for module in model.modules()] == before
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())

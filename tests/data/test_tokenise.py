@@ -19,7 +19,7 @@ from pegbox.data.tokenise import (
     encode_classification,
     encode_classification_all,
     encode_each,
-    encode_preference,
+    encode_preference_all,
     encode_tokens,
 )
 
@@ -198,9 +198,14 @@ def preference(prompt, chosen, rejected):
     }
 
 
+def encoded_pair(row, tok, **settings):
+    used, rejected = encode_preference_all([row], tok, **settings)
+    return (used or rejected)[0]
+
+
 def test_a_preference_trains_both_answers_after_the_same_prompt():
     tok = tokenizer()
-    pair = encode_preference(preference("Hi", "Yo!", "No."), tok, max_length=99)
+    pair = encoded_pair(preference("Hi", "Yo!", "No."), tok, max_length=99)
     assert trained(pair.chosen, tok) == "Yo!<|im_end|>"
     assert trained(pair.rejected, tok) == "No.<|im_end|>"
     first = next(i for i, label in enumerate(pair.chosen.labels) if label != -100)
@@ -211,12 +216,12 @@ def test_earlier_answers_in_the_prompt_are_not_trained():
     tok = tokenizer()
     row = preference("Hi", "Yo!", "No.")
     row["prompt"] = [*row["prompt"], {"role": "assistant", "content": "Hm."}, *row["prompt"]]
-    assert trained(encode_preference(row, tok, max_length=99).chosen, tok) == "Yo!<|im_end|>"
+    assert trained(encoded_pair(row, tok, max_length=99).chosen, tok) == "Yo!<|im_end|>"
 
 
 def test_cutting_a_preference_from_the_left_leaves_the_same_prompt():
     tok = tokenizer()
-    pair = encode_preference(preference("Hello there! " * 9, "Yo!", "No. " * 9), tok, max_length=60, truncation="left")
+    pair = encoded_pair(preference("Hello there! " * 9, "Yo!", "No. " * 9), tok, max_length=60, truncation="left")
     first = [next(i for i, label in enumerate(s.labels) if label != -100) for s in (pair.chosen, pair.rejected)]
     assert len(pair.rejected) == 60
     assert first[0] == first[1]
@@ -232,7 +237,7 @@ def test_cutting_a_preference_from_the_left_leaves_the_same_prompt():
     ],
 )
 def test_a_preference_that_prefers_nothing_is_rejected(row, reason, detail):
-    assert encode_preference(row, tokenizer(), max_length=99) == Rejected("a", reason, detail)
+    assert encoded_pair(row, tokenizer(), max_length=99) == Rejected("a", reason, detail)
 
 
 # -- classification, regression, tagging ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pegbox import objectives
 from pegbox.checks.lab import shake
 from pegbox.checks.models import FAMILIES, inputs
 from pegbox.core.errors import SettingsError, TargetError
-from pegbox.core.headless import head_is_plain
+from pegbox.core.headless import LogitRule, logit_rule
 from pegbox.core.taps import Tape
 from pegbox.methods.ladder import LadderGraft, SideBlock
 
@@ -135,7 +135,7 @@ def test_a_packed_row_is_its_examples() -> None:
 
 def test_the_chunked_head_gives_the_same_loss() -> None:
     tuned, batch = shake(tuned_on("llama")), FAMILIES["llama"].batch(0)
-    assert head_is_plain(tuned, inputs(batch))
+    assert logit_rule(tuned, inputs(batch)) == LogitRule()
     losses = objectives.get("causal_lm")(tuned, batch)
     losses["nll"].backward()
     chunked = {k: p.grad.clone() for k, p in tuned.trainable().items()}

@@ -233,11 +233,6 @@ def _arrived(logits: Tensor, value: Tensor) -> Tensor:
 _proven: WeakKeyDictionary[nn.Module, LogitRule | None] = WeakKeyDictionary()
 
 
-def head_is_plain(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether `model(**inputs).logits` are exactly `head(hidden)`; see `logit_rule`."""
-    return logit_rule(model, inputs) == LogitRule()
-
-
 def logit_rule(model: nn.Module, inputs: Mapping[str, Any]) -> LogitRule | None:
     """What the model does to its head's output, proven once per model; None, with the reason logged, if unknown.
 

@@ -169,17 +169,15 @@ def _join(rows: Sequence[Encoded]) -> Packed:
 # -- can a model do it ---------------------------------------------------------------------------------------------
 
 
-def supports_packing(model: nn.Module) -> bool:
-    """Whether a packed row gives each example what it gets alone, found by running both.
+def require_packing(model: nn.Module) -> None:
+    """Refuse a model that gives an example of a packed row anything but what it gets alone, found by running both.
 
     Args:
         model: a language model on any device, in any dtype; its mode and parameters stay as they are.
+
+    Raises:
+        ModelError: with the reason and the way out.
     """
-    return _fault(model) is None
-
-
-def require_packing(model: nn.Module) -> None:
-    """Raise `ModelError`, with the reason and the way out, unless `model` can be given packed rows."""
     fault = _fault(model)
     if fault is not None:
         raise ModelError(

@@ -52,7 +52,6 @@ __all__ = [
     "encode_classification",
     "encode_classification_all",
     "encode_each",
-    "encode_preference",
     "encode_preference_all",
     "encode_tokens",
     "encode_tokens_all",
@@ -142,22 +141,6 @@ def encode_each(
     reader = _Reader(tokenizer, assistant_only, template, proof)
     rows = _tokenised(map(reader.draft, examples), tokenizer)
     return (attempt(row, _fit, max_length, truncation, tokenizer.bos_token_id) for row in rows)
-
-
-def encode_preference(
-    example: Example,
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    truncation: Truncation = "right",
-    template: str | None = None,
-    proof: TemplateProof | None = None,
-) -> EncodedPair | Rejected:
-    """One row of `encode_preference_all`."""
-    used, rejected = encode_preference_all(
-        [example], tokenizer, max_length=max_length, truncation=truncation, template=template, proof=proof
-    )
-    return used[0] if used else rejected[0]
 
 
 def encode_preference_all(
@@ -273,7 +256,8 @@ class _Reader:
             return _Draft(example["id"], example["text"]) if example["text"] else Rejected(example["id"], "empty text")
         raise DataError(
             f"row {example.get('id')!r} has {', '.join(map(repr, example))}; expected messages, prompt and completion, "
-            "text, or input_ids (preferences: encode_preference, labels: encode_classification, tags: encode_tokens)"
+            "text, or input_ids (preferences: encode_preference_all, labels: encode_classification_all, tags: "
+            "encode_tokens_all)"
         )
 
     def _chat(self, id: str, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> _Draft:
