@@ -128,6 +128,25 @@ def test_what_does_not_apply_says_why() -> None:
     assert (result.status, result.bad, result.message) == ("not applicable", False, "traits.merge is 'exact'")
 
 
+@pytest.mark.parametrize(("peer", "told"), [("HF PEFT", "not applicable"), (None, "fail")])
+def test_a_refusal_of_another_library_rules_a_check_out(peer: str | None, told: str) -> None:
+    """And one of Pegbox's own does not."""
+    refused = SettingsError("there is no such layer")
+    refused.peer = peer
+    with mock.patch("pegbox.methods.lora.LoRA.graft", side_effect=refused):
+        result = status("starts_as_declared")
+    assert result.status == told
+    assert "there is no such layer" in result.message
+
+
+def test_a_refusal_in_the_middle_of_a_check_is_a_failure() -> None:
+    refused = SettingsError("not a second time")
+    refused.peer = "HF PEFT"
+    with mock.patch.object(LoRA, "selects", side_effect=[[], [], refused]):
+        result = status("same_seed_same_bits")  # builds two, after the first that asks whether it is refused
+    assert (result.status, result.bad) == ("fail", True)
+
+
 def test_a_check_that_crashes_is_a_failure_with_its_place() -> None:
     with mock.patch("pegbox.methods.lora.LoRAGraft.start", side_effect=ZeroDivisionError("no")):
         result = status("starts_as_declared")

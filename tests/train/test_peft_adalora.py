@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+import pegbox
 from pegbox.train import run_settings, train
 from pegbox.train.interrupt import Interrupted
 from pegbox.train.progress import Progress
@@ -40,6 +43,29 @@ def test_adalora_allocates(base: Path, tmp_path: Path) -> None:
     ranks = [len(value) for key, value in state.items() if key.endswith("lora_E")]
     assert sum(ranks) <= 2 * 14 < 4 * 14  # matrices
     assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The following rank_pattern keys",  # PEFT takes its own pattern for LoRA's
+    "ignore:`is_gradient_checkpointing`",  # between PEFT and transformers
+)
+def test_what_is_left_of_the_ranks_loads(base: Path, tmp_path: Path) -> None:
+    """Here and in PEFT, with the same outputs, and is written again as it was."""
+    train(run_settings(_settings(base, tmp_path)))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    ids = {"input_ids": torch.arange(5)[None] + 3}
+    with torch.no_grad():
+        tuned = pegbox.load(model, tmp_path).eval()
+        have = tuned(**ids).logits
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path)).eval()
+        want = theirs(**ids).logits
+        with tuned.disabled():
+            apart = (tuned(**ids).logits - want).abs().max()
+    assert (have - want).abs().max() < 1e-5 < 1e-3 < apart
+    tuned.save(tmp_path / "again")
+    first, again = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
 
 
 def test_adalora_resumes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

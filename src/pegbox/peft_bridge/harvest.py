@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from pegbox.core import storage
 from pegbox.core.errors import SettingsError, TargetError
@@ -69,6 +70,7 @@ def harvest(model: nn.Module, config: Any, what: str) -> Bank:
     for layer in layers.values():
         _widen(layer, layer._modules[holds])
         _freeze_counts(layer)
+        _complete(layer, layer._modules[holds])
     for child in tuner.children():
         _widen(child, None)
     return Bank(tuner, config, layers, holds)
@@ -146,6 +148,17 @@ def _freeze_counts(layer: nn.Module) -> None:
         kept = layer._modules.get(name)
         if name not in own and isinstance(kept, nn.ParameterDict):
             kept.requires_grad_(False)
+
+
+def _complete(layer: nn.Module, base: nn.Module | None) -> None:
+    """What PEFT leaves out of a convolution that it runs beside the base's: LoRA's has no dilation and pads zeros."""
+    if not isinstance(base, _ConvNd):
+        return
+    beside = [m for m in layer.modules() if isinstance(m, _ConvNd) and m is not base]
+    for conv in beside:
+        if (conv.in_channels, conv.kernel_size, conv.padding) == (base.in_channels, base.kernel_size, base.padding):
+            conv.dilation, conv.padding_mode = base.dilation, base.padding_mode
+            conv._reversed_padding_repeated_twice = base._reversed_padding_repeated_twice
 
 
 @contextlib.contextmanager

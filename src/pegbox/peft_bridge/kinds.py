@@ -54,11 +54,13 @@ class Facts:
 
 OWN_SEED = "what it draws hangs on PEFT's own seed, which is a setting"
 OF_THE_BASE = "it is made of the base's weights, so that one made of a merged base is another"
+GROUPED = "PEFT's layer mixes the groups of a grouped convolution, which no grouped kernel does"
+DISTANCES = "T5 sees distances, and padding on the left comes between the virtual tokens and the text"
 BLIND = "PEFT's layer reads the weight without its gradient, so what lies beneath gets none through it"
 
 FACTS: dict[str, Facts] = {
     "adalora": Facts(
-        allocates="ranks", defaults={"total_step": None}, small={"init_r": 4, "target_r": 2, "lora_alpha": 6},
+        allocates="ranks", defaults={"total_step": None}, small={"init_r": 4, "target_r": 2, "lora_alpha": 24},
     ),
     "adamss": Facts(allocates="subspaces", xfail={"a_stack_is_one_around_the_other": OF_THE_BASE}),
     "adaption_prompt": Facts(
@@ -68,7 +70,10 @@ FACTS: dict[str, Facts] = {
     ),
     **{name: Facts(kinds="matrices") for name in ("hira", "loha", "lokr")},
     "boft": Facts(kinds="matrices", small={"boft_block_size": 2}),
-    "lora": Facts(kinds="matrices", small={"r": 4, "lora_alpha": 6}),
+    "lora": Facts(kinds="matrices", small={"r": 4, "lora_alpha": 6}, xfail={
+        "merged_equals_forward[conv]": GROUPED,
+        "unmerge_restores_bits[conv]": GROUPED,
+    }),
     "oft": Facts(kinds="matrices", small={"oft_block_size": 2}),
     "c3a": Facts(identity=False),
     "fourierft": Facts(identity=False, small={"n_frequency": 20}),
@@ -102,7 +107,8 @@ FACTS: dict[str, Facts] = {
     "waveft": Facts(xfail={"other_seed_other_bits": OWN_SEED}),
     "beft": Facts(needs=("bias",), xfail={"other_seed_other_bits": "what it draws is set to zero"}),
     "cartridge": Facts("prefix", "attn", "modules", identity=False, merges=False, needs=("blocks",),
-                       defaults={"num_virtual_tokens": 20}, small={"num_virtual_tokens": 3}),
+                       defaults={"num_virtual_tokens": 20}, small={"num_virtual_tokens": 3},
+                       xfail={"padding_changes_nothing[t5]": DISTANCES}),
     "ia3": Facts(
         targets=("attn.k", "attn.v", "attn.qkv", "mlp.down"), named={"feedforward_modules": ("mlp.down",)},
         xfail={"other_seed_other_bits": "what it draws is set to one"},
@@ -121,7 +127,8 @@ FACTS: dict[str, Facts] = {
     ),
     "multitask_prompt_tuning": Facts("prompt", "embed", "matrices", identity=False, merges=False,
                                      needs=("token ids",), of_tasks=True, defaults={"num_virtual_tokens": 20},
-                                     small={"num_virtual_tokens": 3, "num_tasks": 2}),
+                                     small={"num_virtual_tokens": 3, "num_tasks": 2},
+                                     xfail={"padding_changes_nothing[t5]": DISTANCES}),
     "p_tuning": Facts("prompt", "embed", "matrices", identity=False, merges=False, needs=("token ids",),
                       defaults={"num_virtual_tokens": 20, "encoder_hidden_size": 128},
                       small={"num_virtual_tokens": 3, "encoder_hidden_size": 8}),

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from pegbox.core import Base, Graft
+from pegbox.core.errors import CannotMerge
 from pegbox.core.layout import is_conv1d
 from pegbox.core.site import ModuleSite, first_tensor, widened
-from pegbox.peft_bridge.harvest import ADAPTER, Bank, quiet
+from pegbox.peft_bridge.harvest import ADAPTER, REFUSALS, Bank, quiet
 from pegbox.peft_bridge.kinds import Facts
-from pegbox.peft_bridge.stand_in import Beneath, Under, stand_in
+from pegbox.peft_bridge.stand_in import Beneath, Under, row_scale, stand_in
 
 
 class LayerGraft(Graft):
@@ -36,7 +38,17 @@ class LayerGraft(Graft):
         layer.__dict__[bank.holds] = self.base[0]
         self.facts = facts
         names = [name for name, _ in site.module.named_parameters(recurse=False)]
-        self.maps = tuple(names) if facts.merges else ()
+        self.maps = tuple(names) if facts.merges and self._merges(site) else ()
+
+    def _merges(self, site: ModuleSite) -> bool:
+        """Whether it is a map of the weight: PEFT's low-rank layers mix the groups of a grouped convolution."""
+        if not isinstance(site.module, _ConvNd) or site.module.groups == 1:
+            return True
+        try:
+            self._by_peft("weight", site.read("weight"))
+        except CannotMerge:
+            return False
+        return True
 
     def run(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return self(base, *args, **kwargs) if self.facts.casts else super().run(base, *args, **kwargs)
@@ -88,10 +100,13 @@ class LayerGraft(Graft):
         """Of an embedding: what the layer gives for every id."""
         site = self.base[0].site
         across = site.read("weight").shape != site.module.weight.shape  # whether it is read (dim, num)
-        table = w.T if across else w
+        table, scale = (w.T if across else w), row_scale(site)
+        if scale is None:
+            name = type(site.module).__name__
+            raise CannotMerge(f"{site.path} is a {name}, whose outputs are no multiple of its table's rows")
         with self._calm():
-            rows = self._on(_Table(table), torch.arange(len(table), device=table.device)[None])[0]
-        return rows.T if across else rows
+            rows = self._on(_Table(table, scale), torch.arange(len(table), device=table.device)[None])[0]
+        return (rows.T if across else rows) / scale
 
     def _by_peft(self, parameter: str, w: Tensor) -> Tensor:
         """By the layer's own merging, into a copy of the module."""
@@ -104,10 +119,13 @@ class LayerGraft(Graft):
         module._parameters = kept | {name: nn.Parameter(v, requires_grad=False) for name, v in values.items()}
         layer.__dict__.pop(self.holds)
         layer._modules[self.holds] = module
-        with quiet():
-            layer.merge(adapter_names=[ADAPTER])  # type: ignore[operator]
+        try:
+            with quiet():
+                layer.merge(adapter_names=[ADAPTER])  # type: ignore[operator]
+        except REFUSALS as error:
+            raise CannotMerge(f"{site.path}: HF PEFT refuses to merge: {error}") from error
         merged: Tensor = getattr(layer._modules[self.holds], parameter)
-        return merged.detach()
+        return site.layout(parameter).read(merged.detach())
 
     @contextlib.contextmanager
     def _calm(self) -> Iterator[None]:
@@ -139,13 +157,13 @@ class _Linear:
 
 
 class _Table:
-    """Rows of a table (num, dim)."""
+    """Rows of a table (num, dim), times a scale."""
 
-    def __init__(self, table: Tensor) -> None:
-        self.table = table
+    def __init__(self, table: Tensor, scale: float) -> None:
+        self.table, self.scale = table, scale
 
     def __call__(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return F.embedding(ids, self.table)
+        return self.scale * F.embedding(ids, self.table)
 
     def kept(self, parameter: str) -> Tensor:
         return self.table

@@ -16,7 +16,7 @@ from pegbox.core import Anatomy, Graft, Method, Site, Traits, setting
 from pegbox.core.adapter import Adapter, check_fit, path_of
 from pegbox.core.errors import SettingsError, TargetError
 from pegbox.core.site import ModuleSite
-from pegbox.peft_bridge.harvest import Bank, file_names, harvest, mounted, put, quiet, refusal
+from pegbox.peft_bridge.harvest import Bank, file_names, harvest, put, quiet, refusal
 from pegbox.peft_bridge.kinds import WITHHELD, Facts, facts
 from pegbox.peft_bridge.layer_graft import LayerGraft
 from pegbox.peft_bridge.settings import OURS, aliases, as_setting, as_theirs, from_config, offered, usual

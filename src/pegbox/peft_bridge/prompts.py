@@ -23,7 +23,7 @@ from pegbox.core import (
 from pegbox.core.adapter import Adapter, check_fit
 from pegbox.core.context import Context
 from pegbox.core.prefix import Place
-from pegbox.peft_bridge.harvest import quiet
+from pegbox.peft_bridge.harvest import quiet, refusal
 from pegbox.peft_bridge.method import PeftMethod, State, plain_config
 
 MADE = "prompt_embeddings"  # PEFT's key for what an encoder has made
@@ -139,6 +139,7 @@ class PrefixMethod(PromptMethod):
         return survey(model, anatomy, PeftMethod.sites(self, model, anatomy))
 
     def shared(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        self._check_config(model)
         found = self._survey(model, anatomy)
         heads, width = key_shape(getattr(model, "config", None))
         config = self.prompt_config(
@@ -146,6 +147,16 @@ class PrefixMethod(PromptMethod):
         )
         table = next(m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
         return EncodedPairs(found, self.encoder(config, table), config)
+
+    def _check_config(self, model: nn.Module) -> None:
+        """PEFT makes all of a prefix in one size, which it reads off the model's config, or refuses."""
+        from peft.tuners.tuners_utils import BaseTuner
+        from peft.utils.other import _prepare_prompt_learning_config
+
+        try:
+            _prepare_prompt_learning_config(self._configured(self.given()), BaseTuner.get_model_config(model))
+        except ValueError as error:
+            raise refusal(error, self.name()) from error
 
     def graft(self, site: Site, shared: nn.Module | None) -> Graft:
         assert isinstance(shared, EncodedPairs)

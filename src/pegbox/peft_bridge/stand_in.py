@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pegbox.core import Base, storage
 from pegbox.core.site import ModuleSite
 
+SCALE = "embed_scale"  # what PEFT's layers multiply by at an embedding that has it
+
 
 class Beneath(Protocol):
     """What a stand-in stands for."""
@@ -86,7 +88,26 @@ def stand_in(site: ModuleSite) -> StandIn:
     made = cls.__new__(cls)
     nn.Module.__init__(made)
     made.__dict__.update(site=site, beneath=None)
+    scale = row_scale(site)
+    if scale not in (None, 1.0) and not hasattr(site.module, SCALE):
+        made.__dict__[SCALE] = scale
     return made
+
+
+@torch.no_grad()
+def row_scale(site: ModuleSite) -> float | None:
+    """c, where the site is an embedding that gives c times the rows of its table; None where it does not.
+
+    Gemma's has it as an attribute, by which PEFT's layers go; others do it in their forward.
+    """
+    module = site.module
+    if not isinstance(module, nn.Embedding) or site.adds_products:
+        return 1.0
+    rows = torch.arange(1.0, 3.0 + (module.padding_idx or 0), dtype=torch.float32, device=module.weight.device)
+    table = rows[:, None].expand(-1, module.embedding_dim).to(module.weight.dtype)
+    y = site.run_whole({"weight": table}, torch.arange(len(table), device=table.device)[None])[0]
+    scales = y / table
+    return float(scales[0, 0]) if torch.equal(scales, scales[0, 0].expand_as(scales)) else None
 
 
 class Decoded(nn.Linear):
