@@ -14,6 +14,7 @@ PACKAGE = SRC / "pegbox"
 LAYERS = [  # from the top; a module imports from its own layer and from those below
     ("cli", "__main__"),
     ("recipes",),
+    ("pretrain",),
     ("evaluate",),
     ("train",),
     ("checks",),
