@@ -47,6 +47,11 @@ CASES = [
     ),
     Case("scedit"),
     Case("scedit", {"down_ratio": 0.5, "use_layers": (0, 3)}, families=("unet",)),
+    Case(
+        "scedit",
+        {"hints": ("edges",), "hint_channels": 1, "hint_width": 6, "hint_ratio": 0.25, "hint_halvings": 0},
+        families=("unet",),
+    ),
     Case("series", {"bottleneck": 4}),
     Case(
         methods.make("series", {"preset": "llm-adapters", "bottleneck": 4, "learn_scale": True, "bias": True}),

@@ -57,7 +57,12 @@ class Lab:
     ) -> Tuned:
         """The method, freshly put on a base."""
         base = self.model() if model is None else model
-        return Tuned(base, anatomy.of(base), method or self.method, name=name, seed=seed).eval()
+        return self._given(Tuned(base, anatomy.of(base), method or self.method, name=name, seed=seed).eval())
+
+    def _given(self, tuned: Tuned) -> Tuned:
+        """With what the method reads from the context, in every forward."""
+        tuned.context.given = {k: v for k, v in self.family.given().items() if k in self.method.reads}
+        return tuned
 
     def shaken(
         self,
@@ -121,7 +126,7 @@ class Lab:
         """Put a saved adapter on a base, or beside others on a tuned model."""
         tuned = model if isinstance(model, Tuned) else Tuned(model, anatomy.of(model)).eval()
         cls = type(self.method)
-        return files.put(files.read(folder, [cls]), tuned, cls, name).eval()
+        return self._given(files.put(files.read(folder, [cls]), tuned, cls, name).eval())
 
 
 def logits(out: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class Family:
         matrices: what replaces them for a method that maps weights, where the family is there for other layouts.
         quantised: how most of its matrices are kept, if not as plain numbers.
         rounding: how far its layers' own forward may be from computing with their matrices, relative to outputs.
+        given: what a method may read from the context, by name.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family:
     matrices: str | None = None
     quantised: str | None = None
     rounding: float = 0.0
+    given: Callable[[], Mapping[str, Any]] = dict
 
     def loss(self, model: nn.Module, seed: int = 0) -> Tensor:
         """Mean cross-entropy, or what else `score` says, on one batch."""
@@ -311,6 +313,11 @@ def captioned_images(seed: int) -> Batch:
     }
 
 
+def hints() -> dict[str, Tensor]:
+    """Grey images to condition a denoiser on."""
+    return {"hint": torch.randn(ROWS, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+
+
 def classified_noise(seed: int) -> Batch:
     pixels = images(seed)["pixel_values"]
     return {"hidden_states": pixels, "class_labels": _classes(seed), **noised_images(seed)}
@@ -347,6 +354,7 @@ FAMILIES: dict[str, Family] = {
             takes_labels=False,
             score=F.mse_loss,
             package=_DIFFUSERS,
+            given=hints,
         ),
         Family(
             "dit",

@@ -53,8 +53,10 @@ def chain(plan: Plan, grafts: dict[str, Graft]) -> tuple[Graft, ...]:
     here = [(name, grafts[name]) for name in plan.names if name in grafts]
     if isinstance(plan, Stack) or not here:
         return tuple(graft for _, graft in here)
-    weights = [plan.weights[name] for name, _ in here]
-    return (sum_of(weights, [graft for _, graft in here]),)
+    ready = [graft for _, graft in here if graft.prepares]
+    summed = {name: graft for name, graft in here if not graft.prepares}
+    total = [sum_of([plan.weights[name] for name in summed], list(summed.values()))] if summed else []
+    return (*ready, *total)
 
 
 def sum_of(weights: Sequence[float], grafts: Sequence[Graft]) -> Graft:

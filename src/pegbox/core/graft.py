@@ -34,12 +34,15 @@ class Graft(nn.Module):
             what the site has.
         broadcasts: its module may be called with one row that stands for all of a batch.
         sums: the changes of several at one site can be added.
+        prepares: it changes nothing at its site, and makes ready what other grafts of its adapter read; in a sum, too,
+            it runs whole.
     """
 
     any_layout: ClassVar[bool] = False  # whether a faster forward of a weight graft knows convolutions and lookups
     maps: tuple[str, ...] = ()  # not `parameters`, which a module has already
     broadcasts: ClassVar[bool] = False
     sums: ClassVar[bool] = True
+    prepares: ClassVar[bool] = False
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} says nothing about forward")

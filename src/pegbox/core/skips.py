@@ -128,6 +128,8 @@ class FeatureGraft(Graft):
         wanted: from the context to the names that this forward needs; the others may be missing.
     """
 
+    prepares = True
+
     def __init__(
         self, skips: Skips, word: str, encoders: Mapping[str, nn.Module], wanted: Callable[[Context], Collection[str]]
     ) -> None:
