@@ -72,8 +72,6 @@ def test_damage(name: str, verb: str, adapter: Path, bases: Path, tmp_path: Path
         "generate": [f"adapter={adapter}", f"model={bases / 'one'}", "prompt=x"],
     }[verb]
     ran = pegbox(verb, *words)
-    if verb == "generate" and name == "configuration is gone":
-        told = "holds no model"  # a folder without one is taken for a model
     if verb == "inspect" and name == "a tensor is gone":  # it looks at the file alone
         assert ran.code == 0
         return

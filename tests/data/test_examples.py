@@ -93,7 +93,7 @@ def test_strict_raises_on_the_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "the source holds no rows"),
+        ("", "rows.jsonl holds no rows"),
         ("{no\n", r"rows\.jsonl: none of 1 rows could be read; line 1: not JSON"),
         ('{"messages": [{"role": "user", "content": "Hi"}]}\n', "not one usable row; 1 rejected"),
     ],

@@ -30,7 +30,10 @@ def main(words: Sequence[str] | None = None) -> None:
     except PegboxError as error:
         _fail(str(error), 2)
     except USAGE_ERRORS as error:
-        _fail(error.format_message(), 2)
+        if (message := error.format_message()).startswith("Usage:"):  # a group of verbs without one: its help
+            print(message, file=sys.stderr)
+            raise SystemExit(2) from None
+        _fail(message, 2)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has left

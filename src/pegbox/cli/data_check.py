@@ -60,12 +60,14 @@ def print_check(settings: CheckSettings) -> bool:
 
 
 def _tokenizer(model: str) -> Any:
+    from transformers import PreTrainedTokenizerBase
+
     from pegbox.core.errors import ModelError
     from pegbox.evaluate.opened import load_tokenizer
 
     found = load_tokenizer(model)
-    if found is None:
-        raise ModelError(f"there is no tokenizer at {model!r}; expected a model's folder or hub id")
+    if not isinstance(found, PreTrainedTokenizerBase):  # an image processor stands where a tokenizer would
+        raise ModelError(f"there is no tokenizer at {model!r}; expected the folder or hub id of a model of texts")
     return found
 
 

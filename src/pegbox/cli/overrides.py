@@ -82,8 +82,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise SettingsError(f"there is no recipe {str(path)!r}; shipped ones: {', '.join(recipes())}")
         path = recipes()[str(path)]
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise SettingsError(f"{path} must hold `key: value` lines, it holds {type(content).__name__}")

@@ -59,7 +59,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, what: str | None = None) -
     for name in values:
         if name not in fields:
             raise SettingsError(f"{what} has no setting {name!r}{did_you_mean(name, fields)}")
-    coerced = {name: _coerce(what, name, _hints(cls)[name], value) for name, value in values.items()}
+    coerced = {name: coerce(what, name, _hints(cls)[name], value) for name, value in values.items()}
     instance = cls(**coerced)
     check(instance, what=what)
     return instance
@@ -70,7 +70,7 @@ def check(instance: Any, *, what: str | None = None) -> None:
     what = what or type(instance).__name__
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
-        _coerce(what, field.name, _hints(type(instance))[field.name], value)
+        coerce(what, field.name, _hints(type(instance))[field.name], value)
         _check_bounds(what, field, value)
 
 
@@ -98,7 +98,8 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _coerce(what: str, name: str, hint: Any, value: Any) -> Any:
+def coerce(what: str, name: str, hint: Any, value: Any) -> Any:
+    """A plain value as a type, `1` as a float; SettingsError, which calls it `what.name`, where it is none."""
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, bool) and hint in (int, float):
@@ -121,10 +122,19 @@ def _check_bounds(what: str, field: dataclasses.Field[Any], value: Any) -> None:
 def _spell(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(repr(v) for v in typing.get_args(hint))
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    plain = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "none",
+        Any: "a value",
+    }
     if hint in plain:
         return plain[hint]
     if args := [a for a in typing.get_args(hint) if a is not Ellipsis]:
         words = " or ".join(dict.fromkeys(_spell(a) for a in args))
+        if typing.get_origin(hint) is Mapping:
+            return f"names with {_spell(args[-1])} each"
         return f"a list of {words}" if typing.get_origin(hint) is tuple else words
     return str(getattr(hint, "__name__", hint))

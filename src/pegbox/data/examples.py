@@ -104,11 +104,13 @@ def read(
     def records() -> Iterator[Record]:
         return load_records(source, split=split, columns=columns, streaming=streaming, limit=limit)
 
-    if not streaming:
-        return _read_all(list(records()), format, kind, rejects)
-    if isinstance(source, Iterator):
+    if streaming and isinstance(source, Iterator):
         raise DataError("streaming reads its source once per pass, an iterator only once; pass a list or a path")
-    head = list(itertools.islice(records(), SAMPLE))
+    head = list(itertools.islice(records(), SAMPLE if streaming else None))
+    if not head:
+        raise DataError(f"{source if isinstance(source, (str, Path)) else 'the source'} holds no rows")
+    if not streaming:
+        return _read_all(head, format, kind, rejects)
     found = _recognised(head, format, kind)
     counts = Counts()
     return Examples(Stream(records, found, counts, rejects), found, counts, rejects, _origin(head))
@@ -203,8 +205,6 @@ def _reject(record: Record, problem: RowError) -> Reject:
 
 def _recognised(records: Sequence[Record], format: str | None, kind: str | None) -> Format:
     """The format of all rows; several files must agree on it."""
-    if not records:
-        raise DataError("the source holds no rows")
     by_file: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         if record.row is not None:

@@ -17,7 +17,7 @@ from pegbox import anatomy, objectives
 from pegbox.api import tune
 from pegbox.core import Method, Tuned
 from pegbox.core.adapter import seeded
-from pegbox.core.errors import SettingsError
+from pegbox.core.errors import MethodError, SettingsError, TargetError
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import split_names
 from pegbox.data.examples import Examples, read, split
@@ -29,6 +29,7 @@ from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
 from pegbox.train.prepare import check_reference
 from pegbox.train.probe import ROWS_AT_ONCE, Features, Probe, features, head, put
+from pegbox.train.run import output_folder
 from pegbox.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ class Bench:
 
     def __init__(self, settings: CompareSettings, methods: Sequence[Method], say: Callable[[str], None]) -> None:
         self.settings = settings
-        output = Path(settings.output)
-        output.mkdir(parents=True, exist_ok=True)
+        output = output_folder(settings.output)
         self.found, test = _sources(settings, output)
         self.objective: Objective = objectives.get(self.found.objective).given(settings.objective_settings)
         for method in methods:
@@ -106,6 +106,14 @@ class Bench:
         tuned.detach()
         if touched:
             self._loaded = None
+
+    def check(self, name: str, method: Method) -> None:
+        """Raise, with its name, where a method cannot be put on the base."""
+        loaded = self.loaded()
+        try:
+            tune(loaded.model, method, also_train=self._also_train(loaded, method)).detach()
+        except (SettingsError, TargetError, MethodError) as error:
+            raise type(error)(f"{name}: {error}") from error
 
     def _start_head(self, loaded: Loaded, seed: int) -> None:
         """New modules as the seed draws them, or a classifier as the probe found it."""

@@ -66,6 +66,8 @@ class _Work:
         self.settings, self.progress, self.output = settings, progress, Path(settings.output)
         self.methods = built(settings)
         self.bench = Bench(settings, list(self.methods.values()), progress.say)
+        for name, method in self.methods.items():
+            self.bench.check(name, method)
         self.log = RunLog(self.output, self._identity())
         middles = {n: settings.rates.get(n, grid.centre(type(m))) for n, m in self.methods.items()}
         self.grids = {n: grid.rates(middle, settings.trials) for n, middle in middles.items()}

@@ -93,6 +93,9 @@ def _check_named(made: CompareSettings) -> None:
                 raise SettingsError(
                     f"{group}{name} is set, but {name!r} is not compared{did_you_mean(name, made.names)}"
                 )
+    for name, rate in made.rates.items():
+        if not rate > 0:
+            raise SettingsError(f"rates.{name} must be above 0, got {rate}")
 
 
 def built(settings: CompareSettings) -> dict[str, Method]:

@@ -21,7 +21,7 @@ from pegbox.core.settings import setting
 from pegbox.data.examples import Examples, read
 from pegbox.evaluate.opened import open_adapter, open_model
 from pegbox.evaluate.statistics import Estimate, difference_each, estimate_each
-from pegbox.train.datasets import OBJECTIVES, Source, rows
+from pegbox.train.datasets import OBJECTIVES, Source, check_fit, rows
 from pegbox.train.settings import ObjectiveName, RunSettings
 
 if TYPE_CHECKING:
@@ -150,7 +150,12 @@ def _rows(
     name = natural if settings.objective == "auto" else settings.objective
     if name is None:
         raise DataError(f"{examples.source} holds {examples.kind} data, which no objective here measures")
+    from transformers import PreTrainedTokenizerBase
+
+    check_fit(name, examples)
     base: Any = model.model if isinstance(model, Tuned) else model
+    if name != "image_classification" and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelError(f"a {type(base).__name__} reads images, and {examples.source} holds none")
     labels = noted.get("labels")
     if labels is None and name in ("sequence_classification", "token_classification", "image_classification"):
         labels = [base.config.id2label[k] for k in range(base.config.num_labels)]

@@ -24,6 +24,7 @@ from pegbox.core.settings import build, setting
 from pegbox.core.tuned import Tuned
 from pegbox.evaluate.opened import open_model
 from pegbox.evaluate.prompts import Prompt, ids_of, padded, prompt_of
+from pegbox.train.run import output_folder
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -134,8 +135,7 @@ def generate_file(
     model, reader = opened_with(what, base=base, tokenizer=tokenizer, adapters=adapters)
     which = _choices(model, [row.get("adapter") for row in rows] if adapters else None, adapters, len(rows))
     decoding = decoding or build(Decoding, settings, what="generate")
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = output_folder(os.fspath(Path(output).parent)) / Path(output).name
     partial = target.with_name(f"{target.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         for row, answer in zip(rows, _answers(model, reader, prompts, which, decoding), strict=True):

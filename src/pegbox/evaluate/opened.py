@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import pegbox
@@ -20,7 +21,7 @@ from pegbox.core.adapter import seeded
 from pegbox.core.errors import ModelError
 from pegbox.core.files import AdapterFile
 from pegbox.core.tuned import Tuned
-from pegbox.train.model import LOADERS, load, locate
+from pegbox.train.model import LOADERS, load, locate, why_unread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,8 +117,8 @@ def open_model(
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an adapter."""
-    return (Path(path) / files.CONFIG).is_file()
+    """Whether a folder holds an adapter, or what is left of one."""
+    return any((Path(path) / name).is_file() for name in (files.CONFIG, files.TENSORS))
 
 
 def load_base(name: str, file: AdapterFile | None = None, folder: Path | None = None, dtype: str = "auto") -> nn.Module:
@@ -140,9 +141,10 @@ def load_base(name: str, file: AdapterFile | None = None, folder: Path | None = 
             return load(place, noted["objective"], dtype=wanted, **head).model
         loader = _by_task(folder) or _by_architecture(config)
         return loader(place, dtype=wanted)
-    except (OSError, ValueError, AttributeError, ModelError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError, ModelError) as error:
         what = f"the base {name!r} of adapter {str(folder)!r}" if folder else f"the model {name!r}"
-        raise ModelError(f"{what} cannot be loaded ({_first_line(error)}); pass model= with its folder") from error
+        hint = "; pass model= with its folder" if folder else ""
+        raise ModelError(f"{what} cannot be loaded ({why_unread(error, name).rstrip('.')}){hint}") from error
 
 
 def _by_task(folder: Path | None) -> Callable[..., Any] | None:
@@ -197,9 +199,5 @@ def _base_of(file: AdapterFile, model: str | os.PathLike[str] | nn.Module | None
 
 def _required(tokenizer: PreTrainedTokenizerBase | None, what: str) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise ModelError(f"{what} has no tokenizer beside it; pass tokenizer=")
+        raise ModelError(f"{what} has no tokenizer beside it; save one there, or pass tokenizer=")
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")

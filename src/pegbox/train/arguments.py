@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from pegbox.core.errors import SettingsError, did_you_mean
+from pegbox.core.settings import coerce
 from pegbox.objectives.objective import Objective
 from pegbox.train.settings import RunSettings
 
@@ -44,17 +45,35 @@ def arguments(settings: RunSettings, objective: Objective, *, evaluates: bool) -
         "dataloader_pin_memory": False,
     }
     values |= _when(settings, evaluates) | (_best(settings, objective) if evaluates else {})
-    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    known = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
     if settings.gradient_checkpointing:
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         values |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     for name in settings.args:
         if name not in known:
             raise SettingsError(f"TrainingArguments has no argument {name!r} (args.{name}){did_you_mean(name, known)}")
+    _check_trackers(values["report_to"])
+    plain = (int, float, bool, str)
+    given = {k: coerce("args", k, known[k], v) if known[k] in plain else v for k, v in settings.args.items()}
     try:
-        return TrainingArguments(**values | dict(settings.args))
+        return TrainingArguments(**values | given)
     except (ValueError, TypeError) as error:
         raise SettingsError(f"transformers refuses these settings: {error}") from error
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raise SettingsError for a tracker that transformers does not know, or that is not installed."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
+
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in KNOWN:
+            raise SettingsError(f"report_to names no tracker {name!r}{did_you_mean(name, KNOWN, most=20)}")
+        try:
+            KNOWN[name]()
+        except (RuntimeError, ImportError) as error:
+            raise SettingsError(f"report_to={name}: {error}") from error
 
 
 def _names(report_to: str | tuple[str, ...]) -> list[str]:

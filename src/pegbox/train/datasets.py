@@ -150,14 +150,19 @@ def _objective(settings: RunSettings, examples: Examples) -> str:
             f"known: {', '.join(OBJECTIVES)}"
         )
     wanted = natural if settings.objective == "auto" else settings.objective
-    if wanted != natural and examples.kind not in LEARNS_FROM.get(wanted, ()):
+    check_fit(wanted, examples)
+    return wanted
+
+
+def check_fit(wanted: str, examples: Examples) -> None:
+    """Raise SettingsError where an objective does not learn from such examples."""
+    if wanted != OBJECTIVES.get(examples.kind) and examples.kind not in LEARNS_FROM.get(wanted, ()):
         kinds = LEARNS_FROM.get(wanted) or tuple(kind for kind, name in OBJECTIVES.items() if name == wanted)
         raise SettingsError(
             f"objective {wanted} does not fit {examples.source}, which holds {examples.kind} data "
             f"({examples.format.name}); {wanted} learns from {' or '.join(kinds)} data, and {examples.kind} data is "
             f"for {_learners(examples.kind)}"
         )
-    return wanted
 
 
 def _learners(kind: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pegbox.core.errors import MissingExtra, ModelError, did_you_mean
@@ -93,9 +94,17 @@ def load(
     head = _head(objective, labels, multi_label)
     try:
         model, new = _load_model(place, objective, head, dtype, attention)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        why = _other_objectives(place, objective) or why_unread(error, place)
+        raise ModelError(f"model {name!r} cannot be loaded for {objective}: {why}") from error
+    _check_one_way(model, objective, name)
+    try:
         tokenizer: Any = _load_processor(place) if objective == "image_classification" else _load_tokenizer(place)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model {name!r} cannot be loaded for {objective}: {_first_line(error)}") from error
+        told = "image processor" if objective == "image_classification" else "tokenizer"
+        raise ModelError(
+            f"model {name!r} has no {told} beside it that can be read ({first_line(error)}); save one in its folder"
+        ) from error
     if objective != "image_classification":
         _fit(model, tokenizer, name)
     return Loaded(model, tokenizer, new)
@@ -158,6 +167,44 @@ def _load_tokenizer(place: str) -> Tokenizer:
     return tokenizer
 
 
+def why_unread(error: Exception, place: str) -> str:
+    """What an error of loading says, and what can be done where that is known."""
+    said = first_line(error)
+    if isinstance(error, SafetensorError):
+        return f"its weights are damaged ({said}); fetch them again"
+    if isinstance(error, OSError) and not Path(place).exists():
+        return f"there is no folder of this name here{_models_near(Path(), place)}, and from the hub: {said}"
+    return said
+
+
+def _other_objectives(place: str, objective: str) -> str | None:
+    """The objectives that a model has a form for, where it has none for the one that was asked for."""
+    import transformers
+
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(place)
+    except (OSError, ValueError):
+        return None
+    fit = [name for name, loader in LOADERS.items() if type(config) in getattr(transformers, loader)._model_mapping]
+    if objective in fit:
+        return None
+    return f"transformers has no such form of {config.model_type}; it has for {', '.join(fit) or 'no objective'}"
+
+
+def _check_one_way(model: Any, objective: str, name: str) -> None:
+    """Refuse a masked language model, which reads the very tokens it would learn to foretell."""
+    import transformers
+
+    config = model.config
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    one_way = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if LOADERS[objective] == "AutoModelForCausalLM" and masked and not one_way:
+        raise ModelError(
+            f"model {name!r} ({config.model_type}) reads the tokens after a position too, so {objective} would teach "
+            "it to copy; give data with labels, or another model"
+        )
+
+
 def _fit(model: Any, tokenizer: Tokenizer, name: str) -> None:
     rows = model.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values(), default=0)
@@ -194,5 +241,6 @@ def _models_near(folder: Path, name: str) -> str:
     return f" (models in {folder}{did_you_mean(name, found)})" if found else f" ({folder} holds no model folder)"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what an error says."""
     return str(error).strip().partition("\n")[0]

@@ -68,8 +68,7 @@ def train(settings: RunSettings) -> RunResult:
         PegboxError: what is wrong with the settings, the data or the model.
         Interrupted: Ctrl-C; a checkpoint is saved (a `SystemExit` with code 130).
     """
-    output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_folder(settings.output)
     _check_output(settings, output)
     manifest = Manifest(output if is_main() else None, settings=dataclasses.asdict(settings), seed=settings.seed)
     try:
@@ -80,6 +79,20 @@ def train(settings: RunSettings) -> RunResult:
     except BaseException as error:
         manifest.end("failed", error=f"{type(error).__name__}: {error}")
         raise
+
+
+def output_folder(name: str) -> Path:
+    """A folder that can be written, made if need be.
+
+    Raises:
+        SettingsError: it cannot be made, or is a file.
+    """
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"output {name!r} cannot be a folder ({error.strerror}); choose another") from error
+    return folder
 
 
 def _check_output(settings: RunSettings, output: Path) -> None:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pegbox import methods, objectives
 from pegbox.core import Tuned, files
-from pegbox.core.errors import AdapterError, CannotMix, SettingsError
+from pegbox.core.errors import AdapterError, CannotMix, SettingsError, did_you_mean
 from pegbox.core.headless import unwrap
 from pegbox.objectives.batch import READ_HERE
 from pegbox.objectives.objective import Batch, Losses, Objective
@@ -221,6 +221,14 @@ class Trainer(transformers.Trainer):
         """See `pegbox.train.evaluation`."""
         self.callback_handler.eval_dataloader = dataloader
         return evaluate(self, dataloader, metric_key_prefix)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        wanted = str(self.args.metric_for_best_model).removeprefix("eval_")
+        timings = ("_runtime", "_per_second")
+        known = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not key.endswith(timings)]
+        if self.args.metric_for_best_model is not None and wanted not in known:
+            raise SettingsError(f"best names no metric {wanted!r} of this objective{did_you_mean(wanted, known)}")
+        return super()._determine_best_metric(metrics, trial)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
