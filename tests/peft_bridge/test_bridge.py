@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pegbox
 from pegbox import checks, methods, peft_bridge
 from pegbox.checks import Case, Trial
-from pegbox.checks.lab import Lab, bits, every, require_close, require_different, require_same_bits
+from pegbox.checks.lab import Lab, bits, every, require_close, require_different, require_same_bits, shake
 from pegbox.checks.models import FAMILIES
 from pegbox.core.errors import AdapterError, CannotMerge, SettingsError, TargetError
 from pegbox.core.files import TENSORS
@@ -40,6 +40,7 @@ SUITE = (
     "gradients_reach_what_trains", "training_lowers_the_loss", "detach_gives_the_base_back", "merged_equals_forward",
     "unmerge_restores_bits", "merging_is_refused", "a_file_holds_all", "each_of_two_is_itself",
 )  # fmt: skip
+SCALED = {"lora": {"r": 2}, "trainable_tokens": {"token_indices": (1, 5)}}
 STORED = ("starts_as_declared", "gradients_reach_what_trains", "merged_equals_forward", "masters_stay_float32")
 QUANTISED = ("vera", "osf", "oft", "glora", "poly")  # without, and with, the base's weights in their equation
 
@@ -144,6 +145,34 @@ def test_a_bank_is_kept_once() -> None:
     tuned = _tuned("vera", "llama")
     shared = [key for key in tuned.state() if "vera_A" in key]
     assert shared == ["shared.vera_A.default"]
+
+
+@pytest.mark.parametrize("tuner", ["lora", "trainable_tokens"])
+@pytest.mark.parametrize("known", [True, False])
+def test_an_embedding_that_scales_its_rows(tuner: str, known: bool) -> None:
+    """As Gemma's, which says by how much, or one that does not: the change is scaled as the rows are, merged or not."""
+    from pegbox.checks.kinds import Lookups
+
+    model = Lookups()
+    if known:
+        model.scaled.embed_scale = 4.0
+    tuned = shake(pegbox.tune(model, f"peft:{tuner}", **(SCALED[tuner] | {"targets": "scaled"})).eval())
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        change = tuned.model.scaled(ids) - 4 * model.scaled.weight
+        want = tuned(ids=ids)
+        before = model.scaled.weight.clone()
+        require_close(4 * (tuned.merge().scaled.weight - before)[None], change, "the merged table")
+        require_close(tuned(ids=ids), want, "the merged model")
+
+
+def test_pvera_draws_while_it_trains_alone() -> None:
+    tuned, batch = shake(_tuned("pvera", "llama")), FAMILIES["llama"].batch(0)
+    with torch.no_grad():
+        calm = [tuned.eval()(**batch).logits for _ in range(2)]
+        drawn = [tuned.train()(**batch).logits for _ in range(2)]
+    assert torch.equal(*calm)
+    require_different(*drawn, "a second draw")
 
 
 def test_settings_are_those_of_peft() -> None:

@@ -1,8 +1,9 @@
-"""HF PEFT's AdaLoRA in a whole run: it moves its ranks while it trains."""
+"""HF PEFT's AdaLoRA and AdaMSS in a whole run: they choose what is left of them while they train."""
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,24 @@ from pegbox.train.interrupt import Interrupted
 from pegbox.train.progress import Progress
 
 from . import tiny
-from .test_resume import press_ctrl_c
+
+
+RANKS = {"method": "peft:adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "orth_reg_weight": 0.1}
+SUBSPACES = {"method": "peft:adamss", "r": 8, "num_subspaces": 3, "subspace_rank": 1, "use_asa": True}
+SUBSPACES |= {"asa_target_subspaces": 6, "init_warmup": 0, "final_warmup": 5, "mask_interval": 2}
 
 
 def _settings(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
     plain: dict[str, Any] = {"model": str(base), "data": str(base / "chat.jsonl"), "output": str(output)}
-    plain |= {"method": "peft:adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "orth_reg_weight": 0.1}
+    plain |= {} if "method" in changes else RANKS
     plain |= {"max_length": 64, "learning_rate": 1e-2, "batch_size": 2, "max_steps": 6, "save_steps": 2}
     return plain | changes
+
+
+def _press_ctrl_c(self: Progress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    """Between two choices: after one that some parameters rest by, and in the middle of the averages for the next."""
+    if state.global_step == 4:
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +79,16 @@ def test_what_is_left_of_the_ranks_loads(base: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, again[key]) for key, value in first.items())
 
 
-def test_adalora_resumes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted run ends with the same bits."""
-    train(run_settings(_settings(base, tmp_path / "whole")))
+@pytest.mark.parametrize("method", [{}, SUBSPACES], ids=["adalora", "adamss"])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    method: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(run_settings(_settings(base, tmp_path / "whole", **method)))
     with monkeypatch.context() as patched:
-        patched.setattr(Progress, "on_step_end", press_ctrl_c)
+        patched.setattr(Progress, "on_step_end", _press_ctrl_c)
         with pytest.raises(Interrupted):
-            train(run_settings(_settings(base, tmp_path / "cut")))
-    train(run_settings(_settings(base, tmp_path / "cut", resume="auto")))
+            train(run_settings(_settings(base, tmp_path / "cut", **method)))
+    train(run_settings(_settings(base, tmp_path / "cut", resume="auto", **method)))
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert cut.keys() == whole.keys()
     assert all(torch.equal(cut[key], value) for key, value in whole.items())

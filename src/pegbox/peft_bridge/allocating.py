@@ -109,6 +109,12 @@ class Ranks(Allocating):
 class Subspaces(Allocating):
     """AdaMSS: a factor pair for each subspace of a matrix, of which those that matter least stop training."""
 
+    def after_step(self, tuned: Tuned, step: int, steps: int) -> None:
+        super().after_step(tuned, step, steps)
+        for adapter in self._of(tuned):
+            own = adapter.own()
+            adapter.resting = frozenset(key for key in adapter.trained if not own[key].requires_grad)
+
     def training_state(self, adapter: Adapter) -> State:
         """The averages, and which parameters rest; nothing where every subspace trains throughout."""
         if not getattr(self, "use_asa", False):
@@ -120,17 +126,16 @@ class Subspaces(Allocating):
             for index, value in enumerate(getattr(layer, kind)[ADAPTER])
             if value is not None
         }
-        own = adapter.own()
-        return lists | {f"{RESTS}/{key}": torch.tensor(not own[key].requires_grad) for key in sorted(adapter.trained)}
+        return lists | {f"{RESTS}/{key}": torch.tensor(key in adapter.resting) for key in sorted(adapter.trained)}
 
     def load_training_state(self, adapter: Adapter, state: State) -> None:
         for path, layer in layers_of(adapter).items():
             for kind in LISTS:
                 listed: list[Tensor | None] = getattr(layer, kind)[ADAPTER]
                 listed[:] = [state.get(f"{kind}/{path}/{index}") for index in range(len(listed))]
-        own = adapter.own()
-        for key, rests in _under(RESTS, state).items():
-            own[key].requires_grad_(not rests)
+        adapter.resting = frozenset(key for key, rests in _under(RESTS, state).items() if rests)
+        for key, parameter in adapter.own().items():
+            parameter.requires_grad_(key in adapter.trained - adapter.resting)
 
 
 def _whole(key: str, value: Tensor, own: Tensor) -> Tensor:
