@@ -149,6 +149,7 @@ class InstructSettings:
     select: Literal["all", "band", "lowest", "highest"] = setting("all", "by the base's own entropy of the answers")
     band: tuple[float, float] = setting((0.25, 0.75), "quantiles that `band` keeps between")
     share: float = setting(0.5, "share that `lowest` and `highest` keep", above=0, at_most=1)
+    per_source: bool = setting(False, "rank examples among those of their source alone")
     method: str = setting("full", "any of `pegbox methods`")
     method_settings: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "its settings"})
     run: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "settings of `pegbox train`"})
@@ -159,6 +160,7 @@ class Recipe:
     """A base trained from scratch."""
 
     name: str = setting("base", "of the model, for its card")
+    root: str = setting("", "folder that the paths of texts start from; that of the recipe if not given")
     output: str = setting("out", "folder of corpus, tokenizer, shards, checkpoints, model and report")
     sources: Mapping[str, SourceSettings] = field(default_factory=dict, metadata={"help": "name -> path, text, weight"})
     held_out: Mapping[str, SourceSettings] = field(
