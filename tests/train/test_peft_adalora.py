@@ -20,7 +20,6 @@ from pegbox.train.progress import Progress
 
 from . import tiny
 
-
 RANKS = {"method": "peft:adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "orth_reg_weight": 0.1}
 SUBSPACES = {"method": "peft:adamss", "r": 8, "num_subspaces": 3, "subspace_rank": 1, "use_asa": True}
 SUBSPACES |= {"asa_target_subspaces": 6, "init_warmup": 0, "final_warmup": 5, "mask_interval": 2}

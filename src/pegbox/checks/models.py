@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pegbox.checks import kinds
 
-Has = Literal["bias", "token ids", "blocks", "hidden states", "skips", "generation", "checkpointing"]
+Has = Literal["bias", "norms", "token ids", "blocks", "hidden states", "skips", "generation", "checkpointing"]
 Batch = dict[str, Tensor]
 
 VOCABULARY, CLASSES, ROWS, LENGTH = 60, 3, 4, 8
@@ -334,7 +334,7 @@ def words(seed: int) -> Batch:
 
 _DIFFUSERS = ("diffusers", "diffusion")
 _BNB = ("bitsandbytes", "quantised")
-_BLOCKS: frozenset[Has] = frozenset({"blocks", "hidden states", "checkpointing"})
+_BLOCKS: frozenset[Has] = frozenset({"blocks", "norms", "hidden states", "checkpointing"})
 _DECODER: frozenset[Has] = _BLOCKS | {"token ids", "generation"}
 
 FAMILIES: dict[str, Family] = {
@@ -350,7 +350,7 @@ FAMILIES: dict[str, Family] = {
             "unet",
             unet,
             captioned_images,
-            frozenset({"bias", "blocks", "skips"}),
+            frozenset({"bias", "blocks", "norms", "skips"}),
             takes_labels=False,
             score=F.mse_loss,
             package=_DIFFUSERS,

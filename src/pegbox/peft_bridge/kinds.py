@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 How = Literal["layers", "attention", "prompt", "prefix"]
 Kinds = Literal["linears", "matrices", "modules"]
-Need = Literal["bias", "token ids", "blocks"]
+Need = Literal["bias", "norms", "token ids", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Facts:
 
 OWN_SEED = "what it draws hangs on PEFT's own seed, which is a setting"
 OF_THE_BASE = "it is made of the base's weights, so that one made of a merged base is another"
+DECOMPOSED = "PEFT's layer computes with its decomposition of the matrix in bfloat16"
 GROUPED = "PEFT's layer mixes the groups of a grouped convolution, which no grouped kernel does"
 DISTANCES = "T5 sees distances, and padding on the left comes between the virtual tokens and the text"
 BLIND = "PEFT's layer reads the weight without its gradient, so what lies beneath gets none through it"
@@ -91,13 +92,8 @@ FACTS: dict[str, Facts] = {
         "seams_are_declared": "its shares have bounds that PEFT's configuration class does not tell",
         "other_seed_other_bits": OWN_SEED,
         "compiles_whole": "PEFT's layer makes a sparse tensor in every forward, which torch.compile does not trace",
-        **{
-            name: "PEFT's layer computes with its decomposition of the matrix in bfloat16"
-            for name in (
-                "merged_equals_forward_in_bf16",
-                *(f"masters_stay_float32[{family}]" for family in ("gpt2", "mlp", "dit")),
-            )
-        },
+        "merged_equals_forward_in_bf16": DECOMPOSED,
+        **{f"masters_stay_float32[{family}]": DECOMPOSED for family in ("gpt2", "mlp", "dit")},
         "a_stack_is_one_around_the_other": OF_THE_BASE,
         "a_stack_runs_all": "its layer computes with its own decomposition, and calls nothing beneath",
     }),
@@ -133,7 +129,7 @@ FACTS: dict[str, Facts] = {
     }),
     "ln_tuning": Facts(
         targets=("norm.embed", "norm.attn", "norm.cross", "norm.mlp", "norm.block", "norm.final"), kinds="modules",
-        needs=("blocks",), casts=False,
+        needs=("blocks", "norms"), casts=False,
         xfail={"a_stack_runs_all": "the outer one's trained norms stand in the place of the inner one's"},
     ),
     "multitask_prompt_tuning": Facts("prompt", "embed", "matrices", identity=False, merges=False,
