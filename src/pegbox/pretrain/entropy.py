@@ -90,7 +90,7 @@ def select(
     """
     ranked = sorted((k for k, value in enumerate(values) if not math.isnan(value)), key=lambda k: (values[k], k))
     low, high = _quantiles(how, band, share)
-    kept = sorted(ranked[round(low * len(ranked)) : round(high * len(ranked))])
+    kept = sorted(ranked[int(low * len(ranked) + 0.5) : int(high * len(ranked) + 0.5)])
     if not kept:
         raise SettingsError(
             f"instruct.select={how} keeps none of {len(values)} examples, {len(ranked)} of which have an entropy; "
