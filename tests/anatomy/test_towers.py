@@ -110,8 +110,8 @@ def test_blocks_of_a_tower_that_are_not_read_have_no_role(
     assert [path for path in chosen if any(f"{path}.".startswith(f"{n}.") for n in never)] == []
 
 
-@pytest.mark.parametrize("name", [n for n in methods.names() if n not in ("full", "lisa")])  # of these, base tensors
-def test_no_graft_is_put_where_nothing_is_read(name: str) -> None:
+@pytest.mark.parametrize("name", methods.names())
+def test_nothing_trains_where_nothing_is_read(name: str) -> None:
     model = llava(-2)
     try:
         tuned = pegbox.tune(model, Case(name).built())
@@ -133,6 +133,9 @@ def test_what_is_not_read_is_named_by_its_path_alone() -> None:
         with pytest.raises(TargetError, match="nothing in this model depends"):
             found.resolve(item)
         assert found.resolve("mlp.up", exclude=item) == found.resolve("mlp.up")
+    tuned = pegbox.tune(llava(-2), "full", targets=late)
+    assert set(tuned.trainable()) == {f"base.{late}.weight", f"base.{late}.bias"}
+    tuned.detach()
     with pytest.raises(TargetError, match=r"up to model\.vision_tower\.encoder\.layers\.1"):
         pegbox.tune(llava(-2), "ladder", targets="vision.block", reduction=4, heads=2)
 

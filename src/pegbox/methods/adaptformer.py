@@ -26,6 +26,7 @@ from pegbox.core.method import split_names
 from pegbox.core.parts import matrix_shape
 
 MLP, FIRST, LAST = "mlp", "mlp.up", "mlp.down"
+MLPS = (MLP, (MLP,))  # targets that name them all
 
 
 class Read(nn.Module):
@@ -94,13 +95,9 @@ class AdaptFormer(BottleneckMethod):
         try:
             return super().sites(model, anatomy)
         except TargetError:
-            if not self._beside_mlps or not anatomy.blocks:
+            if self.targets not in MLPS or not anatomy.blocks:
                 raise
             return self._ends(anatomy)
-
-    @property
-    def _beside_mlps(self) -> bool:
-        return split_names(self.targets) in (MLP, (MLP,))
 
     def _ends(self, anatomy: Anatomy) -> list[str]:
         """First and last projections of the MLPs, of a model whose MLP is no module."""
@@ -124,7 +121,7 @@ class AdaptFormer(BottleneckMethod):
 
     def _role(self, site: Site) -> str | None:
         """Which end of an MLP a site is; None for a module that stands for itself."""
-        if not self._beside_mlps or not is_linear(site.module):
+        if self.targets not in MLPS or not is_linear(site.module):
             return None
         return FIRST if site.path in site.context.anatomy.role(FIRST) else LAST
 
