@@ -130,31 +130,48 @@ class Verb:
     # -- help ----------------------------------------------------------------------------------------------------
 
     def help(self, about: str = "") -> str:
-        """The verb's settings with types, defaults and meanings."""
+        """The verb's settings with types, defaults and meanings; those of a part under the part's own heading."""
         fields = {f.name: f for f in dataclasses.fields(self._class()) if f.name not in self.hidden}
+        parts = {name: part for name in fields if (part := _part(self._class(), name)) is not None}
         grouped = {heading: names.split() for heading, names in self.groups.items()}
         named = {name for names in grouped.values() for name in names}
         for name in named - fields.keys():
             raise SettingsError(f"{self.name}: no setting {name!r}{did_you_mean(name, fields)}")
-        grouped[REST if named else "settings"] = [name for name in fields if name not in named]
+        grouped[REST if named else "settings"] = [n for n in fields if n not in named and n not in parts]
         subject = f" [{'|'.join(name.upper() for name in self.subject)}]" if self.subject else ""
         lines = [f"pegbox {self.name} [recipe.yaml]{subject} key=value ...", "", about.strip()]
         for heading, names in grouped.items():
             if names:
                 lines += ["", f"{heading}:", *(line for n in names for line in self._lines(n, fields[n]))]
+        told: list[type] = []
+        for name, (prefix, cls) in parts.items():
+            own = (line for f in dataclasses.fields(cls) for line in self._lines(f"{prefix}.{f.name}", f, cls))
+            lines += ["", f"{name}: {fields[name].metadata['help']}", *(own if cls not in told else ())]
+            told.append(cls)
         return "\n".join(lines)
 
-    def _lines(self, name: str, spec: dataclasses.Field[Any]) -> list[str]:
+    def _lines(self, name: str, spec: dataclasses.Field[Any], cls: type | None = None) -> list[str]:
         import shutil
         import textwrap
 
         width = min(shutil.get_terminal_size((120, 24)).columns, 140)
         default = self.preset.get(name, spec.default)
         shown = f"  {name}{_default(default)}"
-        meaning = spec.metadata.get("help", "") + _choices(self._class(), name)
+        meaning = spec.metadata.get("help", "") + _choices(cls or self._class(), spec.name)
         wrapped = textwrap.wrap(meaning, max(width - 42, 30)) or [""]
         head = [f"{shown:<40}  {wrapped[0]}"] if len(shown) <= 40 else [shown, f"{'':<42}{wrapped[0]}"]
         return head + [f"{'':<42}{line}" for line in wrapped[1:]]
+
+
+def _part(cls: type, name: str) -> tuple[str, type] | None:
+    """A setting that has settings itself: what stands before their names, and their dataclass."""
+    import typing
+
+    hint = typing.get_type_hints(cls)[name]
+    if dataclasses.is_dataclass(hint):
+        return name, typing.cast(type, hint)
+    inner = typing.get_args(hint)[-1:]
+    return (f"{name}.NAME", inner[0]) if inner and dataclasses.is_dataclass(inner[0]) else None
 
 
 def _default(value: Any) -> str:
