@@ -12,6 +12,7 @@ the result is merged into an ordinary model folder, proven equal to what was tra
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from pegbox import methods
 from pegbox.core.errors import DataError, SettingsError, did_you_mean
 from pegbox.data.examples import read
 from pegbox.data.identity import fingerprint, surface
+from pegbox.data.readers import readable
 from pegbox.pretrain.entropy import answer_entropy, select
 from pegbox.pretrain.settings import InstructSettings, Recipe
 from pegbox.train.settings import RunSettings, run_settings
@@ -183,18 +185,32 @@ def told(part: Part) -> str:
 
 
 def sources(settings: InstructSettings, root: Path) -> dict[str, str]:
-    """Where the instruction data lies, by the name of its file or folder."""
+    """The instruction data by name; each file of a folder or of a pattern is a source of its own.
+
+    Raises:
+        SettingsError: two of one name.
+    """
     listed = (settings.data,) if isinstance(settings.data, str) else settings.data
     found: dict[str, str] = {}
-    for place in listed:
-        path = root / Path(place).expanduser()
+    for place in (found_at for given in listed for found_at in _places(given, root)):
+        path = Path(place)
         name = path.name.partition(".")[0]
         name = name if name not in found else f"{path.parent.name}/{name}"
         if name in found:
-            raise SettingsError(f"instruct.data names two sources {name!r}: {found[name]} and {place}; rename a file")
-        # a name that is no file here may be one of the hub
-        found[name] = os.fspath(path) if path.exists() or any(sign in place for sign in "*.") else place
+            raise SettingsError(f"instruct.data has two sources {name!r}, {found[name]} and {place}; rename one")
+        found[name] = place
     return found
+
+
+def _places(given: str, root: Path) -> list[str]:
+    """The files that a setting means; a name that is none here, and does not look like one, is for the hub."""
+    path = root / Path(given).expanduser()
+    if path.is_dir():
+        return [os.fspath(file) for file in sorted(path.rglob("*")) if file.is_file() and readable(file)]
+    if glob.has_magic(given):
+        return sorted(glob.glob(os.fspath(path), recursive=True))
+    local = path.exists() or readable(path) or given.startswith((".", "/", "~"))
+    return [os.fspath(path) if local else given]
 
 
 def _conversations(name: str, path: str, folder: Path) -> tuple[list[Example], int]:
