@@ -97,8 +97,8 @@ def delta_transposed(patch: pytest.MonkeyPatch) -> None:
 def layer_skipped(patch: pytest.MonkeyPatch) -> None:
     right = Tuned.merge
 
-    def merge(self: Tuned) -> nn.Module:
-        model = right(self)
+    def merge(self: Tuned, **how: Any) -> nn.Module:
+        model = right(self, **how)
         owner, leaf, kept = next(iter(self._unmerged.values()))  # type: ignore[union-attr]
         setattr(owner, leaf, kept)
         return model
@@ -109,10 +109,10 @@ def layer_skipped(patch: pytest.MonkeyPatch) -> None:
 def other_adapter(patch: pytest.MonkeyPatch) -> None:
     right = Tuned.merge
 
-    def merge(self: Tuned) -> nn.Module:
+    def merge(self: Tuned, **how: Any) -> nn.Module:
         self.add("other", pegbox.methods.make("lora", {"rank": 4}))
         tiny.moved(self, seed=9)
-        return right(self)
+        return right(self, **how)
 
     patch.setattr(Tuned, "merge", merge)
 

@@ -30,7 +30,7 @@ def run(context: typer.Context) -> None:
     from pegbox.evaluate.generate import Decoding, opened_with
 
     what = settings.adapter or settings.model
-    model, tokenizer = opened_with(what, base=settings.model if settings.adapter else None)
+    model, tokenizer = opened_with(what, base=settings.model if settings.adapter else None, quantise=settings.quantise)
     decoding = Decoding(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Decoding)})
     _talk(Chat(model, tokenizer, decoding))
 

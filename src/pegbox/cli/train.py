@@ -18,7 +18,7 @@ VERB = Verb(
         "assistant_only packing",
         "the optimizer": "learning_rate epochs max_steps batch_size gradient_accumulation schedule warmup "
         "weight_decay max_grad_norm optimizer label_smoothing",
-        "the machine": "dtype gradient_checkpointing compile attention",
+        "the machine": "dtype quantise gradient_checkpointing compile attention",
         "the run": "eval_steps save_steps keep best patience resume dry_run logging_steps report_to seed args",
     },
 )

@@ -87,8 +87,10 @@ class Verb:
 
     def _ours(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Values under our names, where the verb has the setting."""
+        from pegbox.train.settings import with_quantise
+
         out: dict[str, Any] = {}
-        for key, value in given.items():
+        for key, value in with_quantise(given).items():
             name = self._name(key)
             if name in out:
                 raise SettingsError(f"{name} is given twice, as {key!r} too")

@@ -99,12 +99,12 @@ def build(
         by_path[path] = assemble(site_at.module(path), tuple(members))
     for path in copies:
         copied = site_at.module(path)
-        _check_plain(copied.module, path, f"also_train copies {path!r}")
+        check_plain(copied.module, path, f"also_train copies {path!r}")
         graft = CopyGraft(copied.module)
         by_path[path] = graft
         adapter.copies[module_key(path)] = graft
     adapter.selected = tuple(method.selects(model, anatomy))
-    _check_plain(model, "", f"{method.name()} trains the base's own tensors", adapter.selected)
+    check_plain(model, "", f"{method.name()} trains the base's own tensors", adapter.selected)
     adapter.trained = frozenset(key for key, p in adapter.own().items() if p.requires_grad)
     if not adapter.trained and not adapter.selected:
         raise TargetError(f"{type(method).__name__} found nothing to train in {type(model).__name__}")
@@ -156,7 +156,7 @@ def _check_storage(site: Site) -> None:
         )
 
 
-def _check_plain(model: nn.Module, path: str, why: str, names: tuple[str, ...] | None = None) -> None:
+def check_plain(model: nn.Module, path: str, why: str, names: tuple[str, ...] | None = None) -> None:
     """Refuse to train tensors that are kept quantised: those of `names`, or all of a module's."""
     if names == ():
         return

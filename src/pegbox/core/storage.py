@@ -45,7 +45,8 @@ class Kept:
     tensor: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.format} with double quantisation" if self.double else self.format
+        more = ", ".join(["double quantisation"] * self.double + ([f"from {self.dtype}"] if self.dtype else []))
+        return f"{self.format} ({more})" if more else self.format
 
     @property
     def library(self) -> str:
@@ -76,6 +77,10 @@ class Storage(ABC):
 
     def still(self, module: nn.Module) -> tuple[str, Any] | None:
         """Keep the module from changing what it keeps when it is called: the attribute set, and what it was."""
+        return None
+
+    def widen(self, module: nn.Module, leaf: str) -> tuple[str, Any] | None:
+        """Have the module compute in float32: the attribute set, and what it was."""
         return None
 
     def twin(self, module: nn.Module, leaf: str, kept: nn.Parameter) -> nn.Module:
@@ -177,6 +182,11 @@ class FourBit(Storage):
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         return "support_avx512bf16_for_cpu", before
 
+    def widen(self, module: nn.Module, leaf: str) -> tuple[str, Any] | None:
+        before = module.compute_dtype
+        module.compute_dtype = torch.float32  # type: ignore[assignment]
+        return "compute_dtype", before
+
     def _unpacked(self, kept: Any) -> tuple[Tensor, Any]:
         """Codes and a copy of the quantisation state, in bitsandbytes' usual order."""
         state = copy.copy(kept.quant_state)
@@ -240,6 +250,11 @@ class TorchAO(Storage):
         shared = None if not block or block[-1] == kept.shape[-1] else int(block[-1])
         dtype = str(kept.dtype).removeprefix("torch.")
         return Kept(self.name, dtype, shared, tensor=type(kept).__name__ + self._oddity(kept))
+
+    def widen(self, module: nn.Module, leaf: str) -> tuple[str, Any] | None:
+        before = getattr(module, leaf)
+        setattr(module, leaf, nn.Parameter(before.to(torch.float32), requires_grad=False))
+        return leaf, before
 
     def _oddity(self, kept: Any) -> str:
         """What else its class may do, and `encode` does not."""
@@ -366,14 +381,30 @@ def mark(module: nn.Module, leaf: str) -> Tensor:
     return value
 
 
-def still(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Keep quantised modules from changing what they keep when they are called: attributes, and what they were."""
-    found = []
-    for module in model.modules():
+Before = list[tuple[nn.Module, str, Any]]  # attributes of modules, and what they were
+
+
+def still(model: nn.Module) -> Before:
+    """Keep quantised modules from changing what they keep when they are called."""
+    return [(module, *before) for module, kept in _quantised(model) if (before := kept.still(module))]
+
+
+def widen(model: nn.Module) -> Before:
+    """Have quantised modules compute in float32."""
+    return [(module, *before) for module, kept in _quantised(model) if (before := kept.widen(module, "weight"))]
+
+
+def _quantised(model: nn.Module) -> Iterator[tuple[nn.Module, Storage]]:
+    for module in list(model.modules()):
         kept = of(module, "weight") if "weight" in module._parameters else None
-        if kept and (before := kept.still(module)):
-            found.append((module, *before))
-    return found
+        if kept:
+            yield module, kept
+
+
+def numbers(value: Tensor) -> Tensor:
+    """A tensor of a state, decoded where its own class says how."""
+    library = type(value).__module__.partition(".")[0]
+    return value.dequantize() if library == "torchao" else value
 
 
 def matrix(module: nn.Module, leaf: str) -> Matrix:
@@ -513,16 +544,47 @@ def plain(model: nn.Module) -> Iterator[None]:
         holder, layer = model.get_submodule(parent), model.get_submodule(path)
         setattr(holder, child, rebuilt(layer, "weight", decoded(layer, "weight").to(dtype_)))
         replaced.append((holder, child, layer))
-    config: Any = getattr(model, "config", None)
-    said = config.__dict__.pop("quantization_config", None) if config is not None else None
-    flags: dict[str, Any] = {
-        name_: model.__dict__.pop(name_) for name_ in ("is_quantized", "hf_quantizer") if name_ in model.__dict__
-    }
+    told = [(owner, _silenced(owner)) for owner in _saying_so(model)]
+    try:
+        with savable(model):
+            yield
+    finally:
+        for owner, said in told:
+            owner.__dict__.update(said)
+        for holder, child, layer in replaced:
+            setattr(holder, child, layer)
+
+
+@contextlib.contextmanager
+def savable(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers can save a model whose files were quantised already.
+
+    It notes by which steps it read them and undoes those when it saves; decoding it cannot undo, nor need to.
+    """
+    noted = [(m, m.__dict__[STEPS]) for m in model.modules() if m.__dict__.get(STEPS)]
+    for owner, steps in noted:
+        owner.__dict__[STEPS] = [step for step in steps if not _decodes(step)]
     try:
         yield
     finally:
-        model.__dict__.update(flags)
-        if said is not None:
-            config.quantization_config = said
-        for holder, child, layer in replaced:
-            setattr(holder, child, layer)
+        for owner, steps in noted:
+            owner.__dict__[STEPS] = steps
+
+
+STEPS = "_weight_conversions"
+DECODING = ("transformers.integrations.bitsandbytes", "transformers.integrations.torchao")
+SAID = ("quantization_config", "is_quantized", "hf_quantizer")  # by transformers, of models and configurations
+
+
+def _decodes(step: Any) -> bool:
+    return any(type(operation).__module__ in DECODING for operation in getattr(step, "operations", ()))
+
+
+def _saying_so(model: nn.Module) -> list[Any]:
+    """Models within a model, and their configurations."""
+    models = [m for m in model.modules() if hasattr(m, "config")]
+    return list({id(owner): owner for m in models for owner in (m, m.config)}.values())
+
+
+def _silenced(owner: Any) -> dict[str, Any]:
+    return {word: owner.__dict__.pop(word) for word in SAID if word in owner.__dict__}

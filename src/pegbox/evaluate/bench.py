@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from pegbox import anatomy, objectives
 from pegbox.api import tune
 from pegbox.core import Method, Tuned
-from pegbox.core.adapter import seeded
+from pegbox.core.adapter import check_plain, seeded
 from pegbox.core.errors import MethodError, SettingsError, TargetError
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import split_names
 from pegbox.data.examples import Examples, read, split
 from pegbox.evaluate import memory
 from pegbox.objectives.objective import Objective
-from pegbox.train.arguments import arguments
+from pegbox.train.arguments import arguments, check_optimizer
 from pegbox.train.datasets import Rows, Source, rows, source
 from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
@@ -58,6 +58,7 @@ class Bench:
         output = output_folder(settings.output)
         self.found, test = _sources(settings, output)
         self.objective: Objective = objectives.get(self.found.objective).given(settings.objective_settings)
+        check_optimizer(settings)
         for method in methods:
             check_reference(self.objective, method)
         trains_base = any(not m.traits.keeps_base for m in methods)
@@ -66,6 +67,9 @@ class Bench:
         say(f"dtype      {why}" + (", so all of them do" if trains_base and settings.dtype == "auto" else ""))
         self._loaded: Loaded | None = None
         loaded = self.loaded()
+        for method in methods:
+            wanted = tuple(method.selects(loaded.model, anatomy.of(loaded.model)))
+            check_plain(loaded.model, "", f"{method.name()} trains the base's own tensors", wanted)
         self.base = fingerprint(loaded.model, without=loaded.new)
         strictest = next((m for m in methods if not m.traits.packs), methods[0])
         alone = dataclasses.replace(self.found, valid=None)
@@ -97,6 +101,7 @@ class Bench:
                 multi_label=self.found.multi_label,
                 dtype=self.dtype,
                 attention=self.settings.attention,
+                quantise=self.settings.quantise,
             )
         return self._loaded
 

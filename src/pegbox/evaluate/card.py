@@ -48,7 +48,7 @@ SHOWN = (
 # settings of a run that a card repeats; those that name files are not among them
 SETTINGS = (
     *("learning_rate", "epochs", "max_steps", "batch_size", "gradient_accumulation", "schedule", "warmup"),
-    *("weight_decay", "optimizer", "label_smoothing", "max_length", "packing", "assistant_only"),
+    *("weight_decay", "optimizer", "quantise", "label_smoothing", "max_length", "packing", "assistant_only"),
 )
 MOST = 8  # of a list that a table shows
 HUB_NAME = re.compile(r"[\w\-]+/[\w.\-]+")

@@ -22,7 +22,7 @@ from pegbox.data.examples import Examples, read
 from pegbox.evaluate.opened import open_adapter, open_model
 from pegbox.evaluate.statistics import Estimate, difference_each, estimate_each
 from pegbox.train.datasets import OBJECTIVES, Source, check_fit, rows
-from pegbox.train.settings import ObjectiveName, RunSettings
+from pegbox.train.settings import ObjectiveName, Opening, RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +50,7 @@ class EvalSettings:
     assistant_only: bool = setting(True, "measure on assistant turns alone")
     batch_size: int = setting(32, "rows of one forward", at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "of the base; auto: as its file has it")
+    quantise: Opening = setting("auto", "how the base is kept; auto: as in the adapter's training")  # noqa: RUF009
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,14 @@ def evaluate(settings: EvalSettings) -> Evaluation:
         DataError: data that cannot be read, or that the objective does not fit.
         AdapterError, ModelError: a model that cannot be loaded.
     """
-    opened = open_adapter(settings.adapter, model=settings.model, dtype=settings.dtype) if settings.adapter else None
+    kept = {"dtype": settings.dtype, "quantise": settings.quantise}
+    opened = open_adapter(settings.adapter, model=settings.model, **kept) if settings.adapter else None
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
     if opened is not None:
         model, tokenizer = opened.tuned, opened.tokenizer
     else:
-        model, tokenizer = open_model(str(settings.model), dtype=settings.dtype)
+        model, tokenizer = open_model(str(settings.model), **kept)
     if tokenizer is None:
         raise ModelError(f"{settings.adapter or settings.model} has no tokenizer beside it")
     noted = opened.file.extra if opened else {}

@@ -29,6 +29,7 @@ from pegbox.evaluate.parity import Output
 from pegbox.evaluate.probes import TEXTS, Probe, probes
 from pegbox.evaluate.report import ParityReport
 from pegbox.evaluate.saved import weight_dtypes
+from pegbox.train.settings import Opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,10 @@ class ExportSettings:
     )
     model: str | None = setting(None, "the base, where it is not the one that the adapter names")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "of a merged model; auto: the base's")
+    quantise: Opening = setting(  # noqa: RUF009
+        "auto", "how the base is kept while it is opened; auto: as in training, whose merged model is then exact"
+    )
+    requantise: bool = setting(False, "leave a merged model quantised as its base is; moves it a little")
     data: str | None = setting(None, "held-out examples to compare on, beside the built-in probes")
     tolerance: float | None = setting(
         None, "largest difference allowed, relative to the largest logit; by dtype if none", above=0
@@ -65,7 +70,8 @@ class Exported:
 
     def __str__(self) -> str:
         size = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
-        head = f"{self.format} in {self.folder} ({size / 1e6:,.1f} MB), equal to what was trained:"
+        equal = "how far from what was trained is told below" if self.report.moved else "equal to what was trained"
+        head = f"{self.format} in {self.folder} ({size / 1e6:,.1f} MB), {equal}:"
         return f"{head}\n\n{self.report.markdown()}"
 
 
@@ -113,6 +119,7 @@ def export(
         adapter = build(ExportSettings, given, what="export")
     chosen = adapter
     _check_paths(chosen)
+    _check_requantise(chosen)
     opened = _open(chosen, model, tokenizer)
     if probes is None:
         probes = _probes(opened, [*rows, *_held_out(chosen)])
@@ -137,7 +144,8 @@ def _open(
     if chosen.format == "peft" and method.traits.peft is None:
         other = "format=adapter" if method.traits.merge == "no" else "format=merged or format=adapter"
         raise MethodError(f"HF PEFT has no {method.name()}; {other} exports it")
-    return open_adapter(chosen.adapter, model=model if model is not None else chosen.model, tokenizer=tokenizer)
+    base = model if model is not None else chosen.model
+    return open_adapter(chosen.adapter, model=base, tokenizer=tokenizer, quantise=chosen.quantise)
 
 
 def _held_out(chosen: ExportSettings) -> list[Mapping[str, Any]]:
@@ -158,15 +166,17 @@ def _probes(opened: Opened, rows: Sequence[Mapping[str, Any] | str]) -> list[Pro
 
 def _write_merged(opened: Opened, folder: Path, probes: Sequence[Probe], chosen: ExportSettings) -> ParityReport:
     dtype = None if chosen.dtype == "auto" else getattr(torch, chosen.dtype)
-    return parity.gate(opened.tuned, probes, tolerance=chosen.tolerance, folder=folder, dtype=dtype)
+    return parity.gate(
+        opened.tuned, probes, tolerance=chosen.tolerance, folder=folder, dtype=dtype, requantise=chosen.requantise
+    )
 
 
 def _write_adapter(opened: Opened, folder: Path, probes: Sequence[Probe], chosen: ExportSettings) -> ParityReport:
-    outputs = _before(opened, folder, probes)
+    outputs, moved = _before(opened, folder, probes), parity.of_base(opened.tuned)
     again = pegbox.load(opened.fresh(), folder)
     outputs["reloaded"] = parity.run(again, probes)
     again.detach()
-    return parity.judge(outputs, probes, weight_dtypes(again.model), chosen.tolerance)
+    return parity.judge(outputs, probes, weight_dtypes(again.model), chosen.tolerance, moved=moved)
 
 
 def _write_peft(opened: Opened, folder: Path, probes: Sequence[Probe], chosen: ExportSettings) -> ParityReport:
@@ -174,7 +184,7 @@ def _write_peft(opened: Opened, folder: Path, probes: Sequence[Probe], chosen: E
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtra("peft", "peft", "proving an export for HF PEFT") from error
-    outputs = _before(opened, folder, probes)
+    outputs, moved = _before(opened, folder, probes), parity.of_base(opened.tuned)
     base = opened.fresh()
     flags = {name: p.requires_grad for name, p in base.named_parameters()}
     with warnings.catch_warnings():
@@ -185,7 +195,7 @@ def _write_peft(opened: Opened, folder: Path, probes: Sequence[Probe], chosen: E
         theirs.unload()
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(flags[name])
-    return parity.judge(outputs, probes, weight_dtypes(base), chosen.tolerance)
+    return parity.judge(outputs, probes, weight_dtypes(base), chosen.tolerance, moved=moved)
 
 
 class _WithoutPrompt(nn.Module):
@@ -249,6 +259,13 @@ def _check_paths(chosen: ExportSettings) -> None:
         raise SettingsError(f"export.output {chosen.output!r} is a file; it must be a folder")
     if target.is_dir() and any(target.iterdir()) and not chosen.overwrite:
         raise SettingsError(f"export.output {chosen.output!r} is not empty; choose another folder, or overwrite=true")
+
+
+def _check_requantise(chosen: ExportSettings) -> None:
+    if chosen.requantise and chosen.format != "merged":
+        raise SettingsError(f"requantise is for format=merged; format={chosen.format} writes no weights of the base")
+    if chosen.requantise and chosen.dtype != "auto":
+        raise SettingsError(f"requantise leaves the base's own dtype, so dtype={chosen.dtype} cannot go with it")
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from pegbox.core.tuned import Tuned
 from pegbox.evaluate.opened import open_model
 from pegbox.evaluate.prompts import Prompt, ids_of, padded, prompt_of
 from pegbox.train.run import output_folder
+from pegbox.train.settings import Opening
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ class GenerateSettings(Decoding):
 
     adapter: str | None = setting(None, "folder of an adapter")
     model: str | None = setting(None, "the base, or a whole model")
+    quantise: Opening = setting("auto", "how the base is kept; auto: as in the adapter's training")  # noqa: RUF009
     adapters: str | tuple[str, ...] = setting((), "several, as name=folder; a row's column `adapter` chooses")
     prompt: str | None = setting(None, "one prompt")
     data: str | None = setting(None, "a file of prompts")
@@ -68,13 +70,14 @@ def run(settings: GenerateSettings) -> str:
     base = settings.model if settings.adapter else None
     decoding = Decoding(**{f.name: getattr(settings, f.name) for f in fields(Decoding)})
     adapters = named_folders(settings.adapters)
+    opening: dict[str, Any] = {"base": base, "adapters": adapters, "quantise": settings.quantise}
     if settings.prompt is not None:
         which = list(adapters)[:1] if adapters else None
-        return generate(what, [settings.prompt], base=base, adapters=adapters, which=which, decoding=decoding)[0]
+        return generate(what, [settings.prompt], which=which, decoding=decoding, **opening)[0]
     if settings.output is None:
         raise SettingsError("generate with data= needs output=, the file for the answers")
     assert settings.data is not None
-    count = generate_file(what, settings.data, settings.output, base=base, adapters=adapters, decoding=decoding)
+    count = generate_file(what, settings.data, settings.output, decoding=decoding, **opening)
     return f"{count} answers in {settings.output}"
 
 
@@ -85,6 +88,7 @@ def generate(
     base: str | os.PathLike[str] | nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    quantise: str = "auto",
     which: Rows | None = None,
     decoding: Decoding | None = None,
     **settings: Any,
@@ -96,6 +100,7 @@ def generate(
         prompts: texts or messages.
         base: of the adapter folder, where it is not the one it names.
         adapters: more adapters by name, to put on the model.
+        quantise: how the base is kept; `auto` for as in training.
         which: the adapter of each prompt, None for the base.
         decoding, settings: a Decoding, or its fields.
 
@@ -104,7 +109,7 @@ def generate(
         DataError: a prompt without tokens, or too long for the model.
         SettingsError: adapters without a choice among them, or a name that is none of theirs.
     """
-    model, reader = opened_with(what, base=base, tokenizer=tokenizer, adapters=adapters)
+    model, reader = opened_with(what, base=base, tokenizer=tokenizer, adapters=adapters, quantise=quantise)
     decoding = decoding or build(Decoding, settings, what="generate")
     return list(_answers(model, reader, prompts, _choices(model, which, adapters, len(prompts)), decoding))
 
@@ -117,6 +122,7 @@ def generate_file(
     base: str | os.PathLike[str] | nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    quantise: str = "auto",
     decoding: Decoding | None = None,
     **settings: Any,
 ) -> int:
@@ -132,7 +138,7 @@ def generate_file(
     """
     rows = _rows(source)
     prompts = [prompt_of(row, f"{os.fspath(source)}, row {k + 1}") for k, row in enumerate(rows)]
-    model, reader = opened_with(what, base=base, tokenizer=tokenizer, adapters=adapters)
+    model, reader = opened_with(what, base=base, tokenizer=tokenizer, adapters=adapters, quantise=quantise)
     which = _choices(model, [row.get("adapter") for row in rows] if adapters else None, adapters, len(rows))
     decoding = decoding or build(Decoding, settings, what="generate")
     target = output_folder(os.fspath(Path(output).parent)) / Path(output).name
@@ -190,9 +196,10 @@ def opened_with(
     base: str | os.PathLike[str] | nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    quantise: str = "auto",
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A model that generates, its tokenizer, and more adapters put on it by name."""
-    model, reader = open_model(what, model=base, tokenizer=tokenizer)
+    model, reader = open_model(what, model=base, tokenizer=tokenizer, quantise=quantise)
     for name, folder in (adapters or {}).items():
         model = pegbox.load(model, folder, name=name)
     plain: Any = model.model if isinstance(model, Tuned) else model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from pegbox.core.errors import ModelError
 from pegbox.core.files import AdapterFile
 from pegbox.core.tuned import Tuned
 from pegbox.train.model import LOADERS, load, locate, why_unread
+from pegbox.train.quantised import check_available, in_few_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +60,7 @@ def open_adapter(
     model: str | os.PathLike[str] | nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
+    quantise: str = "auto",
     name: str = "default",
 ) -> Opened:
     """Load a base, and an adapter folder onto it.
@@ -67,11 +69,13 @@ def open_adapter(
         model: the base, by name or folder, or a module (which an adapter that trains the base leaves alone: it gets a
             copy); the base that the adapter names if not given.
         tokenizer: the adapter's own, else the base's, if not given.
-        dtype: of the base; `auto` for that of its file.
+        dtype: of the base; `auto` for that of its file, or where it is quantised that of the run.
+        quantise: how the base is kept; `auto` for as the run had it.
 
     Raises:
         AdapterError: no adapter there, or one of another base.
         ModelError: the base cannot be loaded, or the adapter names none.
+        MissingExtra: the library that quantises is not installed.
     """
     folder = Path(adapter)
     file = methods.read(folder)
@@ -81,7 +85,7 @@ def open_adapter(
     def untouched() -> nn.Module:
         if not isinstance(model, nn.Module):
             with seeded(0, "base"):  # what the base's files lack, a fresh head say, is drawn
-                return load_base(str(base), file, folder, dtype)
+                return load_base(str(base), file, folder, dtype, quantise)
         return model if keeps else copy.deepcopy(model)
 
     tuned = pegbox.load(untouched(), folder, name=name)
@@ -100,8 +104,12 @@ def open_model(
     model: str | os.PathLike[str] | nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
+    quantise: str = "auto",
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A model and its tokenizer, from an adapter folder, a model's name or folder, or a module.
+
+    Args:
+        dtype, quantise: as of `open_adapter`.
 
     Raises:
         ModelError: it cannot be loaded, or has no tokenizer.
@@ -110,10 +118,11 @@ def open_model(
         base = getattr(getattr(what, "config", None), "name_or_path", None)
         return what, tokenizer or _required(load_tokenizer(base) if base else None, type(what).__name__)
     if is_adapter(what):
-        opened = open_adapter(what, model=model, tokenizer=tokenizer, dtype=dtype)
+        opened = open_adapter(what, model=model, tokenizer=tokenizer, dtype=dtype, quantise=quantise)
         return opened.tuned, _required(opened.tokenizer, str(what))
     name = os.fspath(what)
-    return load_base(name, dtype=dtype).eval(), tokenizer or _required(load_tokenizer(locate(name)), name)
+    base = load_base(name, dtype=dtype, quantise=quantise).eval()
+    return base, tokenizer or _required(load_tokenizer(locate(name)), name)
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
@@ -121,11 +130,18 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     return any((Path(path) / name).is_file() for name in (files.CONFIG, files.TENSORS))
 
 
-def load_base(name: str, file: AdapterFile | None = None, folder: Path | None = None, dtype: str = "auto") -> nn.Module:
+def load_base(
+    name: str,
+    file: AdapterFile | None = None,
+    folder: Path | None = None,
+    dtype: str = "auto",
+    quantise: str = "auto",
+) -> nn.Module:
     """A base by name or folder: as the run loaded it, else by the adapter's task, else by the class it names itself.
 
     Raises:
         ModelError: it cannot be loaded.
+        MissingExtra: the library that quantises is not installed.
     """
     from transformers import AutoConfig
 
@@ -135,16 +151,27 @@ def load_base(name: str, file: AdapterFile | None = None, folder: Path | None = 
     try:
         place = locate(name)
         config = AutoConfig.from_pretrained(place)
-        wanted = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+        how, asked = _as_kept(noted, dtype, quantise)
+        wanted = getattr(torch, asked) if asked != "auto" else getattr(config, "dtype", None) or torch.float32
+        by = f"the base as in training, kept as {how} (quantise=none loads it plain)," if quantise == "auto" else None
+        check_available(how, by)
         if noted.get("objective") in LOADERS:
             head = {key: noted[key] for key in ("labels", "multi_label") if key in noted}
-            return load(place, noted["objective"], dtype=wanted, **head).model
+            return load(place, noted["objective"], dtype=wanted, quantise=how, **head).model
         loader = _by_task(folder) or _by_architecture(config)
-        return loader(place, dtype=wanted)
+        return in_few_bits(lambda **more: (loader(place, dtype=wanted, **more), ()), how, place, wanted)[0]
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError, ModelError) as error:
         what = f"the base {name!r} of adapter {str(folder)!r}" if folder else f"the model {name!r}"
         hint = "; pass model= with its folder" if folder else ""
         raise ModelError(f"{what} cannot be loaded ({why_unread(error, name).rstrip('.')}){hint}") from error
+
+
+def _as_kept(noted: Mapping[str, Any], dtype: str, quantise: str) -> tuple[str, str]:
+    """How a base is to be kept, and of which dtype it is then, by what the run noted where nothing else is asked."""
+    if quantise != "auto":
+        return quantise, dtype
+    how = noted.get("quantise", "none")
+    return how, noted.get("dtype", dtype) if dtype == "auto" and how != "none" else dtype
 
 
 def _by_task(folder: Path | None) -> Callable[..., Any] | None:

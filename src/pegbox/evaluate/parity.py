@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from pegbox.core import storage
-from pegbox.core.errors import CannotDisable, ModelError, ParityError
+from pegbox.core.errors import CannotDisable, CannotMerge, ModelError, ParityError
+from pegbox.core.fingerprint import BaseDrift
+from pegbox.core.storage import Drifts
 from pegbox.core.tuned import Tuned
 from pegbox.evaluate import site_parity
 from pegbox.evaluate.in_float32 import in_float32
 from pegbox.evaluate.probes import Probe, builtin
-from pegbox.evaluate.report import Difference, Pair, ParityReport, number
+from pegbox.evaluate.report import Difference, Moved, Pair, ParityReport, number
 from pegbox.evaluate.saved import reload, save, unequal_tensors, weight_dtypes
 
 if TYPE_CHECKING:
@@ -84,6 +87,7 @@ def gate(
     *,
     folder: Path | None = None,
     dtype: torch.dtype | None = None,
+    requantise: bool = False,
 ) -> ParityReport:
     """Prove a merge: the tuned model, merged, and merged-saved-reloaded agree on the probes, pair by pair.
 
@@ -94,29 +98,75 @@ def gate(
         tolerance: of the relative difference; by default that of the coarsest dtype among the weights (TOLERANCE).
         folder: where the merged model is saved and stays; a temporary folder if not given.
         dtype: to save in; the model's own if not given.
+        requantise: keep a quantised base quantised, which moves the merged matrices: how far is told, and what the
+            merged model says is shown beside the tuned one's, not held to it.
 
     Raises:
         ParityError: a pair is past tolerance, or a saved tensor came back with other bits; its `report` has them all.
-        CannotMerge: the adapter in use has no merged form.
+        CannotMerge: the adapter in use has no merged form, or what is to stay quantised is not.
     """
+    if requantise:
+        _check_requantised(tuned)
     probes = list(probes) if probes is not None else builtin(tuned.model, tokenizer)
     with _evaluating(tuned), _folder(folder) as target:
         outputs = {"base": run_bare(tuned, probes), "adapter": run(tuned, probes)}
         calls = site_parity.record(tuned, probes)
-        model = tuned.merge()
+        model = tuned.merge(requantise=requantise)
         try:
             outputs["merged"] = run(model, probes)
             sites = site_parity.differences(model, calls)
-            with storage.plain(model):  # what no adapter has touched may still be quantised
+            # what no adapter has touched may still be quantised
+            with storage.savable(model) if requantise else storage.plain(model):
                 save(model, target, dtype)
                 again = reload(model, target, dtype)
                 unequal = unequal_tensors(model, again)
+            storage.still(again)
             outputs["reloaded"] = run(again, probes)
         finally:
             tuned.unmerge()
         dtypes = weight_dtypes(tuned.model) | ({dtype} if dtype else set())
     more: Details = {("adapter", "merged"): {"sites": sites}, ("merged", "reloaded"): {"tensors": unequal}}
-    return judge(outputs, probes, dtypes, tolerance, more, _unreached(calls))
+    shown = (("adapter", "merged"), ("adapter", "reloaded")) if requantise else ()
+    moved = (*of_base(tuned), *_of_merging(tuned))
+    return judge(outputs, probes, dtypes, tolerance, more, _unreached(calls), shown=shown, moved=moved)
+
+
+def of_base(tuned: Tuned) -> tuple[Moved, ...]:
+    """How far the base is from what the adapters in use were trained on, where it is kept otherwise here."""
+    found = {name: tuned.adapter(name).base_drift for name in tuned.active}
+    return tuple(_of_one(name, drift) for name, drift in found.items() if drift is not None)
+
+
+def _of_one(name: str, drift: BaseDrift) -> Moved:
+    rough = "" if drift.proven else ", as a few values of each tell,"
+    return Moved(
+        f"The adapter {name!r} was trained on a base kept as {drift.then}; here it is kept as {drift.now}, and "
+        f"{len(drift.drifts.of)} of its matrices are off by{rough}",
+        drift.drifts,
+    )
+
+
+def _of_merging(tuned: Tuned) -> tuple[Moved, ...]:
+    """How far encoding the merged matrices anew has moved them."""
+    if not tuned.merge_drift:
+        return ()
+    drifts = tuned.merge_drift
+    of_change = {path: drift.of_change for path, drift in drifts.items()}
+    whole = Drifts({path: drift.of_matrix for path, drift in drifts.items()})
+    moved = [Moved(f"Keeping the {len(drifts)} merged matrices quantised has moved them by", whole)]
+    if all(map(math.isfinite, of_change.values())):
+        moved.append(Moved("Relative to what the adapter had changed of them, that is", Drifts(of_change)))
+    return tuple(moved)
+
+
+def _check_requantised(tuned: Tuned) -> None:
+    if not storage.quantised_parameters(tuned.model):
+        raise CannotMerge("requantise keeps a quantised base quantised, and this base is plain numbers; leave it out")
+    if getattr(getattr(tuned.model, "config", None), "quantization_config", None) is None:
+        raise CannotMerge(
+            "requantise writes files that transformers reads, and it was not transformers that quantised this base, so "
+            "its configuration does not say how; leave requantise out, which writes plain numbers"
+        )
 
 
 def judge(
@@ -126,6 +176,9 @@ def judge(
     tolerance: float | None = None,
     more: Details | None = None,
     notes: Sequence[str] = (),
+    *,
+    shown: Collection[tuple[str, str]] = (),
+    moved: Sequence[Moved] = (),
 ) -> ParityReport:
     """The report over all pairs of models; those with the base are shown, not judged.
 
@@ -134,6 +187,8 @@ def judge(
         dtypes: of the weights; the coarsest sets the tolerance if none is given.
         more: `tensors` and `sites` of a pair (see Pair).
         notes: what a reader must know to trust the numbers.
+        shown: pairs that are not judged either.
+        moved: what is not as it was in training.
 
     Raises:
         ParityError: with the report as its attribute `report`.
@@ -142,14 +197,21 @@ def judge(
     limit = TOLERANCE.get(coarsest, TOLERANCE[torch.float32]) if tolerance is None else tolerance
     said = {name: values for name, values in outputs.items() if values is not None}
     pairs = [
-        pair(names, said[names[0]], said[names[1]], probes, limit, **(more or {}).get(names, {}))
+        pair(
+            names,
+            said[names[0]],
+            said[names[1]],
+            probes,
+            None if names in shown else limit,
+            **(more or {}).get(names, {}),
+        )
         for names in itertools.combinations([n for n in said if n != "base"], 2)
     ]
     if "base" in said:
         effect = pair(("base", "adapter"), said["base"], said["adapter"], probes, None)
         notes = [*notes, *_blind(effect, limit)]
         pairs.insert(0, effect)
-    report = ParityReport(tuple(pairs), str(coarsest).removeprefix("torch."), tuple(notes))
+    report = ParityReport(tuple(pairs), str(coarsest).removeprefix("torch."), tuple(notes), tuple(moved))
     try:
         return report.require()
     except ParityError as error:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pegbox.core.errors import ParityError
+from pegbox.core.storage import Drifts
 
 
 @dataclass(frozen=True)
@@ -116,17 +117,39 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Matrices that are not what they were in training, and how far off they are.
+
+    Attributes:
+        what: which, and why; a sentence that ends in the numbers.
+        by: relative distances.
+    """
+
+    what: str
+    by: Drifts
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {"mean": self.by.mean, "largest": self.by.largest, "worst": self.by.worst}
+        return {"what": self.what, **numbers, "matrices": dict(self.by.of)}
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.by}."
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """Every pair of models that was compared.
 
     Attributes:
         dtype: of the weights that were compared, the coarsest.
         notes: what a reader must know to trust the numbers.
+        moved: what is not as it was in training.
     """
 
     pairs: tuple[Pair, ...]
     dtype: str
     notes: tuple[str, ...] = ()
+    moved: tuple[Moved, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -145,17 +168,19 @@ class ParityReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `parity.json` holds this."""
         pairs = [pair.to_dict() for pair in self.pairs]
-        return {"passed": self.passed, "dtype": self.dtype, "notes": list(self.notes), "pairs": pairs}
+        moved = [moved.to_dict() for moved in self.moved]
+        said = {"passed": self.passed, "dtype": self.dtype, "notes": list(self.notes)}
+        return said | ({"moved": moved} if moved else {}) | {"pairs": pairs}
 
     def markdown(self) -> str:
-        """A table, one pair a line, and the notes."""
+        """A table, one pair a line, what has moved, and the notes."""
         head = "| compared | largest difference | relative | allowed | mean KL | max KL | top-1 | worst module |"
         lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
         for p in self.pairs:
             cells = [number(v) for v in (p.largest, p.relative, p.tolerance, p.mean_kl, p.max_kl)]
             cells += [share(p.top1), number(worst(p.sites.values()) if p.sites else None)]
             lines.append(f"| {p.reference} / {p.other} | {' | '.join(cells)} |")
-        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"\n{said}" for said in (*self.moved, *self.notes))])
 
 
 def worst(values: Iterable[float]) -> float:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pegbox.core import storage
+
 TENSORS_FILE = "model.safetensors"
 
 
@@ -45,7 +47,8 @@ def reload(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> 
         again: nn.Module = type(model).from_pretrained(
             folder, dtype=dtype or model.dtype, attn_implementation=attention
         )
-        return again.to(device).eval()
+        here = next((p.device for p in again.parameters()), device) == device  # a quantised model may not be moved
+        return (again if here else again.to(device)).eval()
     blank = copy.deepcopy(model).to(dtype=dtype)
     for tensor in blank.state_dict().values():
         tensor.zero_()
@@ -63,7 +66,8 @@ def unequal_tensors(model: nn.Module, again: nn.Module) -> tuple[str, ...]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
+    a, b = storage.numbers(a).cpu(), storage.numbers(b).cpu()
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 def _as(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
-from pegbox.core.errors import SettingsError, did_you_mean
+from pegbox.core.errors import MissingExtra, SettingsError, did_you_mean
 from pegbox.core.settings import coerce
 from pegbox.objectives.objective import Objective
 from pegbox.train.settings import RunSettings
@@ -74,6 +76,24 @@ def _check_trackers(names: list[str]) -> None:
             KNOWN[name]()
         except (RuntimeError, ImportError) as error:
             raise SettingsError(f"report_to={name}: {error}") from error
+
+
+def check_optimizer(settings: RunSettings) -> None:
+    """Refuse an optimizer whose states are paged where there is nothing to page them from.
+
+    Raises:
+        SettingsError: there is no GPU.  MissingExtra: bitsandbytes, whose optimizers they are, is not installed.
+    """
+    name = str(settings.args.get("optim", settings.optimizer))
+    if not name.startswith("paged_"):
+        return
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        raise SettingsError(
+            f"optimizer {name!r} moves its states between a GPU's memory and the machine's, and there is no GPU here; "
+            "optimizer=adamw_torch_fused takes AdamW's same steps and keeps them where they are"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra("bitsandbytes", "quantised", f"optimizer={name}")
 
 
 def _names(report_to: str | tuple[str, ...]) -> list[str]:

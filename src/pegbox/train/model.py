@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pegbox.core.errors import MissingExtra, ModelError, did_you_mean
+from pegbox.train.quantised import check_available, in_few_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -79,6 +81,7 @@ def load(
     multi_label: bool = False,
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
+    quantise: str = "none",
 ) -> Loaded:
     """Load a base and its tokenizer.
 
@@ -86,14 +89,18 @@ def load(
         name: a folder, a hub id, or one of `PACKAGED`.
         objective: decides the class; see `LOADERS`.
         labels: class or tag names, in order; a head for them is drawn unless the files hold one.
+        quantise: how its linear layers are kept: `none`, `nf4`, `int8` or `int4` (see `pegbox.train.quantised`).
 
     Raises:
         ModelError: nothing there, not a model for this objective, or its tokenizer does not fit it.
+        MissingExtra: the library that quantises is not installed.
     """
     place = locate(name)
+    check_available(quantise)
     head = _head(objective, labels, multi_label)
+    loader = functools.partial(_load_model, place, objective, head, dtype, attention)
     try:
-        model, new = _load_model(place, objective, head, dtype, attention)
+        model, new = in_few_bits(loader, quantise, place, dtype)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         why = _other_objectives(place, objective) or why_unread(error, place)
         raise ModelError(f"model {name!r} cannot be loaded for {objective}: {why}") from error
@@ -128,13 +135,13 @@ def _head(objective: str, labels: Sequence[str] | None, multi_label: bool) -> di
 
 
 def _load_model(
-    place: str, objective: str, head: Mapping[str, Any], dtype: torch.dtype, attention: str | None
+    place: str, objective: str, head: Mapping[str, Any], dtype: torch.dtype, attention: str | None, **more: Any
 ) -> tuple[nn.Module, tuple[str, ...]]:
     import transformers
 
     from pegbox.train.pooled import on_encoder, pools_by_mean
 
-    options: dict[str, Any] = {"dtype": dtype, **head}
+    options: dict[str, Any] = {"dtype": dtype, **head, **more}
     if attention is not None:
         options["attn_implementation"] = attention
     with _quiet():

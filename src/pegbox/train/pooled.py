@@ -115,14 +115,18 @@ def pools_by_mean(name: str | Path) -> bool:
     return modes == ["pooling_mode_mean_tokens"] or said.get("pooling_mode") == "mean"
 
 
-def on_encoder(name: str | Path, *, dtype: str | torch.dtype = "auto", **config: Any) -> PreTrainedModel:
+def on_encoder(
+    name: str | Path, *, dtype: str | torch.dtype = "auto", quantization_config: Any = None, **config: Any
+) -> PreTrainedModel:
     """A new classifier on an encoder's files.
 
     Args:
+        quantization_config: of the encoder.
         config: of the classifier: `num_labels`, `id2label`, `label2id`, `classifier_dropout`.
     """
     own = AutoConfig.from_pretrained(name)
-    encoder = AutoModel.from_pretrained(name, dtype=dtype, **_no_pooler(own))
+    few_bits = {} if quantization_config is None else {"quantization_config": quantization_config}
+    encoder = AutoModel.from_pretrained(name, dtype=dtype, **_no_pooler(own), **few_bits)
     encoder.config.name_or_path = ""  # saved models name no folder of the machine that made them
     made = MeanPooledConfig(encoder=encoder.config, name_or_path=str(name), **config)
     model = MeanPooledForSequenceClassification(made).to(encoder.dtype)

@@ -14,8 +14,10 @@ from pegbox.core import Method, Tuned
 from pegbox.core.errors import SettingsError
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import split_names
+from pegbox.core.storage import quantised_parameters
 from pegbox.objectives.objective import Objective
 from pegbox.objectives.preference import Referred
+from pegbox.train.arguments import check_optimizer
 from pegbox.train.datasets import Rows, Source, rows, source
 from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
@@ -55,6 +57,8 @@ class Job:
         kept: dict[str, Any] = {"objective": self.found.objective}
         if self.found.labels is not None:
             kept |= {"labels": list(self.found.labels), "multi_label": self.found.multi_label}
+        if self.settings.quantise != "none":
+            kept |= {"quantise": self.settings.quantise, "dtype": self.dtype}
         if self.objective.options is not None:
             kept["objective_settings"] = asdict(self.objective.options)
         return kept
@@ -87,7 +91,10 @@ def prepare(settings: RunSettings, output: Path, say: Say) -> Job:
         multi_label=found.multi_label,
         dtype=dtype,
         attention=settings.attention,
+        quantise=settings.quantise,
     )
+    if settings.quantise != "none":
+        say(f"base       {len(quantised_parameters(loaded.model))} matrices kept as {settings.quantise}")
     base = fingerprint(loaded.model, without=loaded.new)
     made = rows(found, settings, loaded.model, loaded.tokenizer, method)
     for line in made.lines:
@@ -116,6 +123,7 @@ def _check(settings: RunSettings) -> None:
             raise SettingsError(f"{name} is not given; a run needs model=FOLDER_OR_ID data=FILE")
     if settings.streaming and settings.max_steps is None:
         raise SettingsError("a stream has no length, so streaming=true needs max_steps=N")
+    check_optimizer(settings)
 
 
 def _seed(seed: int) -> None:

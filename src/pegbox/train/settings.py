@@ -14,6 +14,9 @@ ObjectiveName = Literal[
     "image_classification", "dpo", "ipo", "orpo", "simpo", "kto", "reward",
 ]  # fmt: skip
 
+Quantise = Literal["none", "nf4", "int8", "int4"]
+Opening = Literal["auto", "none", "nf4", "int8", "int4"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -56,6 +59,7 @@ class RunSettings:
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", at_least=0, below=1)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "of the base")
+    quantise: Quantise = setting("none", "keep the base in a few bits: nf4, with double quantisation, is QLoRA's")  # noqa: RUF009
     gradient_checkpointing: bool = setting(False, "keep block inputs only and compute the rest again: less memory")
     compile: bool = setting(False, "torch.compile the model")
     attention: str | None = setting(None, "attention implementation: sdpa, eager, flash_attention_2, ...")
@@ -117,6 +121,7 @@ ALIASES = {
     "optim": "optimizer",
     "label_smoothing_factor": "label_smoothing",
     "torch_dtype": "dtype",
+    "quantize": "quantise",
     "attn_implementation": "attention",
     "attn_impl": "attention",
     "flash_attn": "attention",
@@ -133,6 +138,16 @@ ALIASES = {
     "rl": "objective",
 }
 
+# what other tools say in those that mean `quantise` -> ours; `none` is as if it were not said
+_BITS = {4: "nf4", 8: "int8", 16: "none", 32: "none"}
+QUANTISE_WORDS: dict[str, dict[Any, str]] = {
+    "load_in_4bit": {True: "nf4", False: "none"},
+    "load_in_8bit": {True: "int8", False: "none"},
+    "bits": _BITS,
+    "quantization_bit": _BITS,
+    "quant_bits": _BITS,
+}
+
 # what other tools call the settings of an objective -> ours
 OBJECTIVE_ALIASES = {
     "pref_beta": "beta",
@@ -143,6 +158,30 @@ OBJECTIVE_ALIASES = {
     "kto_chosen_weight": "desirable_weight",
     "kto_rejected_weight": "undesirable_weight",
 }
+
+
+def with_quantise(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with what other tools say of a quantised base, `load_in_4bit=true`, said as `quantise=nf4`.
+
+    Raises:
+        SettingsError: a value that they do not have, or two that do not go together.
+    """
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        words = QUANTISE_WORDS.get(key)
+        if words is None:
+            ours, said = key, value
+        elif isinstance(value, (bool, int)) and value in words:
+            ours, said = "quantise", words[value]
+        else:
+            allowed = ", ".join(str(word).lower() for word in words)
+            raise SettingsError(f"{key} must be one of {allowed}, got {value!r}; quantise=nf4 is its name here")
+        if words is not None and said == "none":
+            continue
+        if ours in out:
+            raise SettingsError(f"{ours} is given twice, as {key!r} too")
+        out[ours] = said
+    return out
 
 
 def run_settings(values: Mapping[str, Any], *, cls: type[RunSettings] = RunSettings) -> RunSettings:
@@ -159,6 +198,7 @@ def run_settings(values: Mapping[str, Any], *, cls: type[RunSettings] = RunSetti
 
     from pegbox import methods, objectives
 
+    values = with_quantise(values)
     known = {f.name for f in dataclasses.fields(cls)}
     method = methods.get(_method_of(values))
     theirs = methods.SETTING_ALIASES.keys() | method.aliases.keys() | {f.name for f in dataclasses.fields(method)}
