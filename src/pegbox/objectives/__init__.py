@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pegbox.objectives.objective import Objective
 
 NAMES = (
-    "causal_lm", "denoising", "dpo", "image_classification", "ipo", "kto", "orpo", "regression", "reward", "seq2seq",
-    "sequence_classification", "sft", "simpo", "token_classification",
+    "causal_lm", "contrastive", "denoising", "dpo", "image_classification", "ipo", "kto", "orpo", "regression",
+    "reward", "seq2seq", "sequence_classification", "sft", "simpo", "token_classification",
 )  # fmt: skip
 ALIASES = {  # what HF PEFT, ms-swift, LLaMA-Factory and transformers' pipelines call them
     "lm": "causal_lm",
@@ -36,6 +36,7 @@ ALIASES = {  # what HF PEFT, ms-swift, LLaMA-Factory and transformers' pipelines
     "text2text_generation": "seq2seq",
     "summarization": "seq2seq",
     "translation": "seq2seq",
+    "clip": "contrastive",
     "image_cls": "image_classification",
     "diffusion": "denoising",
     "ddpm": "denoising",

@@ -79,3 +79,10 @@ def nll(losses: Tensor, tokens: Tensor) -> float:
 def perplexity(nll: float) -> float:
     """exp(nll), infinite where that overflows."""
     return math.exp(nll) if nll < 700.0 else math.inf
+
+
+def recall_of_own(scores: Tensor, k: int) -> float:
+    """Share of rows i of (n, n) scores whose own column i is among the k highest; a tie counts against it."""
+    own = scores.diagonal()[:, None]
+    better = (scores >= own).sum(1) - 1
+    return (better < k).double().mean().item()
