@@ -18,7 +18,7 @@ from pegbox.core import storage
 from pegbox.core.errors import SettingsError, TargetError
 from pegbox.core.site import Site
 from pegbox.peft_bridge.kinds import Facts, facts
-from pegbox.peft_bridge.stand_in import Decoded
+from pegbox.peft_bridge.stand_in import UNPADDED, Decoded
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, AttributeError, LookupError, RuntimeError, AssertionError)
 ADJUSTED = "Invalid `"  # how PEFT's warnings begin that a setting is another from now on
@@ -151,14 +151,17 @@ def _freeze_counts(layer: nn.Module) -> None:
 
 
 def _complete(layer: nn.Module, base: nn.Module | None) -> None:
-    """What PEFT leaves out of a convolution that it runs beside the base's: LoRA's has no dilation and pads zeros."""
+    """What PEFT leaves out of a convolution that it runs beside the base's, as LoRA does: the dilation.
+
+    Where the base pads with other than zeros, a layer is given its input padded already.
+    """
     if not isinstance(base, _ConvNd):
         return
     beside = [m for m in layer.modules() if isinstance(m, _ConvNd) and m is not base]
     for conv in beside:
         if (conv.in_channels, conv.kernel_size, conv.padding) == (base.in_channels, base.kernel_size, base.padding):
-            conv.dilation, conv.padding_mode = base.dilation, base.padding_mode
-            conv._reversed_padding_repeated_twice = base._reversed_padding_repeated_twice
+            conv.dilation = base.dilation
+            conv.padding = conv.padding if base.padding_mode == "zeros" else UNPADDED[: len(base.kernel_size)]
 
 
 @contextlib.contextmanager

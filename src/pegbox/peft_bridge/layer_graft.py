@@ -18,7 +18,7 @@ from pegbox.core.layout import is_conv1d
 from pegbox.core.site import ModuleSite, first_tensor, widened
 from pegbox.peft_bridge.harvest import ADAPTER, REFUSALS, Bank, quiet
 from pegbox.peft_bridge.kinds import Facts
-from pegbox.peft_bridge.stand_in import Beneath, Under, row_scale, stand_in
+from pegbox.peft_bridge.stand_in import Beneath, Under, padded, pads_otherwise, row_scale, stand_in
 
 
 class LayerGraft(Graft):
@@ -58,6 +58,8 @@ class LayerGraft(Graft):
             base = base.with_values({"weight": base.read("weight")})
         if self.facts.of_tasks:
             kwargs["task_ids"] = self._tasks(base, args[0])
+        if pads_otherwise(base.site.module):
+            args = (padded(base.site.module, args[0]), *args[1:])
         like = first_tensor(args)
         with self._above(Under(base, None if like is None else like.dtype)):
             return self.layer(*args, **kwargs)

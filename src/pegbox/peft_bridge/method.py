@@ -66,7 +66,11 @@ class PeftMethod(Method):
 
     def shared(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
         bank = harvest(model, self.peft_config(model, anatomy), self.name())
-        if beyond := sorted(bank.layers[0].keys() - set(self.sites(model, anatomy))):
+        paths = self.sites(model, anatomy)
+        if not bank.layers[0]:  # OSF passes over what is no nn.Linear, and says nothing
+            kind = type(model.get_submodule(paths[0])).__name__
+            raise refusal(TypeError(f"it puts no layer around {paths[0]}, a {kind}, or another target"), self.name())
+        if beyond := sorted(bank.layers[0].keys() - set(paths)):
             raise TargetError(
                 f"{self.name()}: HF PEFT changes {beyond[0]} too, which targets do not name; name it there"
             )

@@ -7,14 +7,17 @@ its parameters as the grafts beneath leave them, and passes a call on to them; i
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from pegbox.core import Base, storage
 from pegbox.core.site import ModuleSite
 
+UNPADDED = (0, 0, 0)
 SCALE = "embed_scale"  # what PEFT's layers multiply by at an embedding that has it
 
 
@@ -68,6 +71,8 @@ class StandIn(nn.Module):
         return storage.decoded(self.site.module, name) if self.beneath is None else self.beneath.kept(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if pads_otherwise(self.site.module):
+            args = (unpadded(self.site.module, args[0]), *args[1:])
         if self.beneath is None:
             return self.site.original(*args, **kwargs)
         return self.beneath(*args, **kwargs)
@@ -88,10 +93,25 @@ def stand_in(site: ModuleSite) -> StandIn:
     made = cls.__new__(cls)
     nn.Module.__init__(made)
     made.__dict__.update(site=site, beneath=None)
+    if pads_otherwise(site.module):
+        made.__dict__.update(padding=UNPADDED[: len(site.module.kernel_size)], padding_mode="zeros")
     scale = row_scale(site)
     if scale not in (None, 1.0) and not hasattr(site.module, SCALE):
         made.__dict__[SCALE] = scale
     return made
+
+
+def pads_otherwise(module: nn.Module) -> TypeGuard[_ConvNd]:
+    """Whether it is a convolution that pads with other than zeros, of which PEFT's layers know nothing."""
+    return isinstance(module, _ConvNd) and module.padding_mode != "zeros"
+
+
+def padded(module: _ConvNd, x: Tensor) -> Tensor:
+    return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+
+
+def unpadded(module: _ConvNd, x: Tensor) -> Tensor:
+    return F.pad(x, [-n for n in module._reversed_padding_repeated_twice])
 
 
 @torch.no_grad()
