@@ -128,7 +128,10 @@ def read(
     if header is None:
         return from_peft(config, tensors, known.values(), folder / CONFIG, bridge)
     if header["method"] not in known and not (bridge and bridge(config, header["method"])):
-        raise AdapterError(f"{folder}: unknown method {header['method']!r}{did_you_mean(header['method'], known)}")
+        raise AdapterError(
+            f"{folder}: unknown method {header['method']!r}{did_you_mean(header['method'], known)}; one of your own is "
+            "looked for in the folders that the variable PEGBOX_METHODS names"
+        )
     said, mark = header.get("base_record"), header["fingerprint"]
     record = BaseRecord.from_json(said, mark) if said and mark else None
     return AdapterFile(tensors=tensors, record=record, **{key: header[key] for key in HEADER})

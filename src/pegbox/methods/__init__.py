@@ -1,7 +1,11 @@
-"""The registry: every file of this folder is a method, named after the file."""
+"""The registry: every file of this folder is a method, named after the file.
+
+So is every file of the folders that PEGBOX_METHODS names, a variable of the environment: methods of one's own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -9,18 +13,20 @@ import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pegbox import peft_bridge
-from pegbox.core.errors import SettingsError, did_you_mean
+from pegbox.core.errors import PegboxError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
 
     from pegbox.core.files import AdapterFile
     from pegbox.core.method import Method
+
+__path__.extend(folder for folder in os.environ.get("PEGBOX_METHODS", "").split(os.pathsep) if folder)
 
 # other names for the same method, as other tools write them: name -> (method, settings that the name implies)
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,7 +92,7 @@ SETTING_ALIASES = {
 
 def names() -> list[str]:
     """Every method, by listing the folder; imports none of them."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return sorted({m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")})
 
 
 def get(name: str) -> type[Method]:
@@ -106,7 +112,8 @@ def get(name: str) -> type[Method]:
     known = names()
     if method not in known:
         raise SettingsError(f"unknown method {name!r}{did_you_mean(method, [*known, *ALIASES])}")
-    return _only_method(importlib.import_module(f"{__name__}.{method}"))
+    with _told(method):
+        return _only_method(importlib.import_module(f"{__name__}.{method}"))
 
 
 def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
@@ -142,17 +149,33 @@ def _in_our_names(cls: type[Method], settings: Mapping[str, Any]) -> dict[str, A
 
 
 def load(path: Path) -> type[Method]:
-    """The one method of a file outside this folder."""
+    """The one method of a file outside this folder.
+
+    Raises:
+        SettingsError: no such file, one that Python cannot run, or not one method in it.
+    """
     if not path.is_file():
         raise SettingsError(f"there is no method file {str(path)!r}")
-    name = path.stem
+    name = f"method_file.{path.stem}"  # never that of an installed module
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with _told(str(path)):
+        spec.loader.exec_module(module)
     return _only_method(module)
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Tell what goes wrong in a method's file, whatever its author wrote, as a SettingsError."""
+    try:
+        yield
+    except PegboxError:
+        raise
+    except Exception as error:
+        raise SettingsError(f"the method {what} cannot be run: {type(error).__name__}: {error}") from error
 
 
 def read(directory: str | os.PathLike[str], model: nn.Module | None = None) -> AdapterFile:
