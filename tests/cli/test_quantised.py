@@ -139,12 +139,29 @@ def test_without_the_library(
     assert "as a few values of each tell" in onto.out
 
 
-def test_what_would_be_decoded_wrongly_stays_plain(data: Path, train: Train, tmp_path: Path) -> None:
-    tiny.llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize(("quantise", "width"), [("nf4", 96), ("int4", 72)])
+def test_what_does_not_fill_its_blocks_stays_plain(quantise: str, width: int, train: Train, tmp_path: Path) -> None:
+    """bitsandbytes decodes it wrongly on a CPU, torchao refuses it."""
+    tiny.llama(hidden_size=64, intermediate_size=width).save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
-    ran = train("quantise=nf4", f"model={tmp_path / 'base'}")
+    ran = train(f"quantise={quantise}", f"model={tmp_path / 'base'}")
     assert ran.code == 0, ran
-    assert "base       12 matrices kept as nf4" in ran.out
+    assert f"base       12 matrices kept as {quantise}" in ran.out
+
+
+def test_a_linear_layer_kept_turned_is_merged_into_its_own_class(
+    data: Path, train: Train, tmp_path: Path, pegbox: Callable[..., Ran]
+) -> None:
+    """GPT-2's Conv1D keeps (in, out), bitsandbytes (out, in)."""
+    config = transformers.GPT2Config(vocab_size=264, n_embd=64, n_layer=1, n_head=2, n_positions=128)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 256, 257, 258
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    assert train("quantise=int8", f"model={tmp_path / 'base'}").code == 0
+    for kept in ("auto", "none"):
+        ran = pegbox("merge", f"adapter={tmp_path / 'out'}", f"output={tmp_path / kept}", f"quantise={kept}")
+        assert ran.code == 0, ran
+        logits(tmp_path / kept)
 
 
 def test_a_model_without_a_linear_layer(data: Path, tmp_path: Path, pegbox: Callable[..., Ran]) -> None:

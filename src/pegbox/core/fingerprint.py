@@ -15,7 +15,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -104,10 +104,10 @@ class BaseRecord:
         """Args: without: as of `fingerprint`."""
         everything, plain = hashlib.sha256(), hashlib.sha256()
         kept: list[Kept | None] = []
-        values = []
+        values, rest = [], storage.rest_dtype(model)
         for name, module, leaf in _parameters(model, without):
             mark = whole(storage.mark(module, leaf).detach())
-            kept.append(storage.kept(module, leaf))
+            kept.append(_kept(module, leaf, rest))
             values.append(_few(_matrix(module, leaf, mark)))
             everything.update(printed := _print(name, mark))
             if kept[-1] is None:
@@ -148,7 +148,7 @@ class BaseRecord:
         """
         if self.names != _names(model, without):
             raise AdapterError("names or shapes of its parameters differ")
-        found, plain = _Comparison(), hashlib.sha256()
+        found, plain = _Comparison(storage.rest_dtype(model)), hashlib.sha256()
         listed = list(_parameters(model, without))
         for (name, module, leaf), place, few in zip(listed, self.how, self.values, strict=True):
             mark = whole(storage.mark(module, leaf).detach())
@@ -164,10 +164,12 @@ class _Comparison:
     """Goes through the parameters of a base one by one.
 
     Attributes:
+        rest: dtype of the plain numbers of the base.
         lost: whether something that was plain is quantised now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rest: torch.dtype) -> None:
+        self.rest = rest
         self.drifts: dict[str, float] = {}
         self.then: dict[str, None] = {}
         self.now: dict[str, None] = {}
@@ -176,7 +178,7 @@ class _Comparison:
 
     def add(self, name: str, module: nn.Module, leaf: str, mark: Tensor, then: Kept | None, few: Tensor) -> None:
         """Args: mark: its values now.  few: some of its values then."""
-        now, value = storage.kept(module, leaf), _matrix(module, leaf, mark)
+        now, value = _kept(module, leaf, self.rest), _matrix(module, leaf, mark)
         if now == then:
             self._alike(name, _few(value), few, exactly=now is None)
             return
@@ -233,6 +235,12 @@ def _names(model: nn.Module, without: Iterable[str]) -> str:
         shape = tuple(storage.shape(module, leaf))
         digest.update(f"{name}{shape[::-1] if _turned(module, leaf) else shape}".encode())
     return digest.hexdigest()[:16]
+
+
+def _kept(module: nn.Module, leaf: str, rest: torch.dtype) -> Kept | None:
+    """How a parameter is kept; encoded from what the model keeps the rest in, where the format does not say."""
+    kept = storage.kept(module, leaf)
+    return replace(kept, dtype=str(rest).removeprefix("torch.")) if kept and not kept.dtype else kept
 
 
 def _turned(module: nn.Module, leaf: str) -> bool:

@@ -26,9 +26,9 @@ LINEAR: tuple[type[nn.Module], ...] = (nn.Linear,)
 MATRIX: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, a linear layer that keeps (in, out)."""
-    cls = type(module)
+def is_conv1d(module: nn.Module | type[nn.Module]) -> bool:
+    """Whether a module, or a class of them, is transformers' Conv1D, a linear layer that keeps (in, out)."""
+    cls = module if isinstance(module, type) else type(module)
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pegbox.core.errors import CannotMerge, MissingExtra
+from pegbox.core.layout import is_conv1d
 from pegbox.core.low_rank import Matrix
 
 
@@ -32,7 +33,7 @@ class Kept:
 
     Attributes:
         format: `nf4`, `fp4`, `int8`, or `torchao int8`, `torchao int4`, ...
-        dtype: of the plain numbers that were encoded, where the format knows it.
+        dtype: of the plain numbers that were encoded; None where the format does not say.
         block: how many numbers share a scale; None for a row.
         double: the scales are quantised too.
         tensor: torchao's class of tensor.
@@ -290,7 +291,7 @@ def encode(value: Tensor, how: Kept) -> nn.Parameter:
         raise MissingExtra(how.library, "quantised", f"keeping a matrix as {how.format}")
     if how.tensor:
         return _torchao(value, how)
-    return _eight_bit(value) if how.format == EightBit.name else _four_bit(value, how)
+    return _eight_bit(value, how) if how.format == EightBit.name else _four_bit(value, how)
 
 
 def can_encode(how: Kept) -> bool:
@@ -314,10 +315,11 @@ def _four_bit(value: Tensor, how: Kept, packed: torch.dtype = torch.uint8) -> nn
     return plain.to(value.device)
 
 
-def _eight_bit(value: Tensor) -> nn.Parameter:
+def _eight_bit(value: Tensor, how: Kept) -> nn.Parameter:
     from bitsandbytes.nn import Int8Params
 
-    half = value.to("cpu", torch.float16)  # it is encoded when it leaves the CPU
+    plain = value.to(getattr(torch, how.dtype)) if how.dtype else value
+    half = plain.to("cpu", torch.float16)  # it is encoded when it leaves the CPU
     return Int8Params(half, requires_grad=False, has_fp16_weights=False).to(value.device)
 
 
@@ -521,7 +523,12 @@ def rebuilt(layer: nn.Module, leaf: str, value: Tensor) -> nn.Module:
     if type(value) not in (Tensor, nn.Parameter):
         return kept.twin(layer, leaf, value)  # type: ignore[arg-type]
     assert isinstance(layer, nn.Linear)
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    source = layer.__dict__.get("source_cls", nn.Linear)  # transformers notes what class the base has there
+    with torch.device("meta"):
+        if is_conv1d(source):
+            plain, value = source(layer.out_features, layer.in_features), value.T.contiguous()
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     plain.weight = nn.Parameter(value, requires_grad=False)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().to(value.dtype), requires_grad=False)

@@ -162,10 +162,10 @@ def _of_merging(tuned: Tuned) -> tuple[Moved, ...]:
 def _check_requantised(tuned: Tuned) -> None:
     if not storage.quantised_parameters(tuned.model):
         raise CannotMerge("requantise keeps a quantised base quantised, and this base is plain numbers; leave it out")
-    if getattr(getattr(tuned.model, "config", None), "quantization_config", None) is None:
+    if getattr(tuned.model, "hf_quantizer", None) is None:
         raise CannotMerge(
-            "requantise writes files that transformers reads, and it was not transformers that quantised this base, so "
-            "its configuration does not say how; leave requantise out, which writes plain numbers"
+            "requantise writes files that transformers reads, and it was not transformers that quantised all of this "
+            "base, so its configuration does not say how; leave requantise out, which writes plain numbers"
         )
 
 

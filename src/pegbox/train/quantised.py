@@ -4,13 +4,15 @@
     int8    bitsandbytes, a scale a row
     int4    torchao, groups of 32
 
-Embeddings, norms, the head and whatever the files do not hold stay plain numbers, and so do layers of nf4 whose input
-is no multiple of a block: bitsandbytes' kernel for CPUs (0.50) decodes those wrongly, by 28 % of a matrix of 96 inputs.
+Embeddings, norms, the head and whatever the files do not hold stay plain numbers, and so do layers whose input is no
+multiple of a block: torchao refuses those, and bitsandbytes' kernel for CPUs (0.50) decodes them wrongly, a matrix of
+96 inputs by 28 %.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +21,10 @@ from torch import nn
 
 from pegbox.core import Tuned, storage
 from pegbox.core.errors import MethodError, MissingExtra, ModelError
+from pegbox.core.layout import is_linear, layout_of
 
 LIBRARIES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int4": "torchao"}
-BLOCK, GROUP = 64, 32  # of nf4 and of int4: numbers that share a scale
+BLOCKS = {"nf4": 64, "int4": 32}  # numbers that share a scale
 KNOWN_AS = "_hf_peft_config_loaded"  # transformers' word for "trainable adapters are attached"
 
 
@@ -62,10 +65,10 @@ def in_few_bits(
     if how == "none":
         return load()
     _check_plain(place, how)
-    model, new = load(quantization_config=_configuration(how, dtype))
-    if unfit := _unfit(model, new, how):
-        left = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_quantised(m)]
-        model, new = load(quantization_config=_configuration(how, dtype, [*left, *unfit]))
+    model, new = load(quantization_config=_configuration(how, dtype, _ragged(place, how)))
+    if heads := _beside_the_body(model, new):
+        left = [path for path, m in model.named_modules() if is_linear(m) and not _is_quantised(m)]
+        model, new = load(quantization_config=_configuration(how, dtype, [*left, *heads]))
     if not storage.quantised_parameters(model):
         raise ModelError(
             f"{type(model).__name__} of {place!r} has no linear layer to keep as {how}; leave quantise={how} out"
@@ -95,14 +98,18 @@ def _check_plain(place: str, how: str) -> None:
 
 
 def _configuration(how: str, dtype: torch.dtype, plain: Sequence[str] | None = None) -> Any:
-    """transformers' own words for it.  Args: plain: paths of modules to leave; what it leaves by itself if None."""
+    """transformers' own words for it.
+
+    Args:
+        plain: patterns of the paths of modules to leave; what it leaves by itself if None.
+    """
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if how == "int4":
         from torchao.quantization import IntxWeightOnlyConfig
         from torchao.quantization.granularity import PerGroup
 
-        return TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP)), modules_to_not_convert=plain)
+        return TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(BLOCKS["int4"])), modules_to_not_convert=plain)
     if how == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=plain)
     return BitsAndBytesConfig(
@@ -114,13 +121,25 @@ def _configuration(how: str, dtype: torch.dtype, plain: Sequence[str] | None = N
     )
 
 
-def _unfit(model: nn.Module, new: Sequence[str], how: str) -> list[str]:
-    """Quantised modules that should be plain: heads, what the files do not hold, and what would be decoded wrongly."""
+def _ragged(place: str, how: str) -> list[str] | None:
+    """Patterns of linear layers whose input is no multiple of a block, from the configuration alone; None of none."""
+    from transformers import AutoConfig, AutoModel
+
+    if how not in BLOCKS:
+        return None
+    with torch.device("meta"):
+        body = AutoModel.from_config(AutoConfig.from_pretrained(place))
+    linears = {path: layout_of(m, "weight").read(m.weight) for path, m in body.named_modules() if is_linear(m)}
+    ragged = [path for path, matrix in linears.items() if matrix.shape[1] % BLOCKS[how]]
+    return [rf"(.*\.)?{re.escape(path)}" for path in ragged] or None
+
+
+def _beside_the_body(model: nn.Module, new: Sequence[str]) -> list[str]:
+    """Quantised modules that should be plain: heads, and what the files do not hold."""
     body = getattr(model, "base_model_prefix", "")
     inside = f"{body}." if body and hasattr(model, body) else ""
-    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and _is_quantised(m)}
-    ragged = [path for path, m in linears.items() if how == "nf4" and m.in_features % BLOCK]
-    return [path for path in linears if path in new or not path.startswith(inside) or path in ragged]
+    quantised = [path for path, module in model.named_modules() if _is_quantised(module)]
+    return [path for path in quantised if path in new or not path.startswith(inside)]
 
 
 def _is_quantised(module: nn.Module) -> bool:
