@@ -17,7 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -228,8 +228,8 @@ class EightBit(Storage):
 
     def _pieces(self, module: nn.Module, leaf: str) -> tuple[Tensor, Tensor]:
         """Codes (out, in) and scales (out,); the module takes the scales to its state when first called."""
-        kept: Any = getattr(module, leaf)
-        return kept.data, kept.SCB if kept.SCB is not None else module.state.SCB  # type: ignore[union-attr]
+        kept, owner = getattr(module, leaf), cast(Any, module)
+        return kept.data, kept.SCB if kept.SCB is not None else owner.state.SCB
 
 
 # -- torchao ---------------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def _torchao(value: Tensor, how: Kept) -> nn.Parameter:
     holder = nn.Sequential(nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta"))
     holder[0].weight = nn.Parameter(value.to(getattr(torch, str(how.dtype))), requires_grad=False)
     quantize_(holder, config)
-    return holder[0].weight  # type: ignore[return-value]
+    return holder[0].weight
 
 
 # -- what sites ask ----------------------------------------------------------------------------------------------------

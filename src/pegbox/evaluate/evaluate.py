@@ -95,7 +95,7 @@ def evaluate(settings: EvalSettings) -> Evaluation:
         DataError: data that cannot be read, or that the objective does not fit.
         AdapterError, ModelError: a model that cannot be loaded.
     """
-    kept = {"dtype": settings.dtype, "quantise": settings.quantise}
+    kept: dict[str, Any] = {"dtype": settings.dtype, "quantise": settings.quantise}
     opened = open_adapter(settings.adapter, model=settings.model, **kept) if settings.adapter else None
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None

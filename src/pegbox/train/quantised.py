@@ -97,7 +97,7 @@ def _check_plain(place: str, how: str) -> None:
         raise ModelError(f"the files of {place!r} are quantised already, by {method}; leave quantise={how} out")
 
 
-def _configuration(how: str, dtype: torch.dtype, plain: Sequence[str] | None = None) -> Any:
+def _configuration(how: str, dtype: torch.dtype, plain: list[str] | None) -> Any:
     """transformers' own words for it.
 
     Args:
@@ -109,7 +109,8 @@ def _configuration(how: str, dtype: torch.dtype, plain: Sequence[str] | None = N
         from torchao.quantization import IntxWeightOnlyConfig
         from torchao.quantization.granularity import PerGroup
 
-        return TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(BLOCKS["int4"])), modules_to_not_convert=plain)
+        four: torch.dtype = getattr(torch, how)
+        return TorchAoConfig(IntxWeightOnlyConfig(four, PerGroup(BLOCKS["int4"])), modules_to_not_convert=plain)
     if how == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=plain)
     return BitsAndBytesConfig(
