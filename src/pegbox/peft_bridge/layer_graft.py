@@ -58,8 +58,13 @@ class LayerGraft(Graft):
             base = base.with_values({"weight": base.read("weight")})
         if self.facts.of_tasks:
             kwargs["task_ids"] = self._tasks(base, args[0])
+            if args[0].ndim == 2:  # its layers take rows of tokens alone
+                return self._run(base, args[0][:, None], **kwargs)[:, 0]
         if pads_otherwise(base.site.module):
             args = (padded(base.site.module, args[0]), *args[1:])
+        return self._run(base, *args, **kwargs)
+
+    def _run(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         like = first_tensor(args)
         with self._above(Under(base, None if like is None else like.dtype)):
             return self.layer(*args, **kwargs)

@@ -139,6 +139,7 @@ class PrefixMethod(PromptMethod):
         return survey(model, anatomy, PeftMethod.sites(self, model, anatomy))
 
     def shared(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        PeftMethod.sites(self, model, anatomy)  # a model without attention is refused for that
         self._check_config(model)
         found = self._survey(model, anatomy)
         heads, width = key_shape(getattr(model, "config", None))
