@@ -255,11 +255,12 @@ def first_lines(source: str) -> str:
 def settings_page() -> str:
     """Every setting of a run, and what other tools call it."""
     from pegbox.core.settings import schema
-    from pegbox.train.settings import ALIASES, RunSettings
+    from pegbox.train.settings import ALIASES, QUANTISE_WORDS, RunSettings
 
     theirs: dict[str, list[str]] = {f.name: [] for f in dataclasses.fields(RunSettings)}
     for alias, ours in ALIASES.items():
         theirs[ours].append(f"`{alias}`")
+    theirs["quantise"] += [f"`{alias}`" for alias in QUANTISE_WORDS]
     lines = ["# Settings of a run", "", "For `pegbox train`, YAML recipes and `RunSettings`.", ""]
     lines += ["| setting | default | meaning | also accepted |", "| --- | --- | --- | --- |"]
     for name, spec in schema(RunSettings)["properties"].items():

@@ -5,8 +5,7 @@
     int4    torchao, groups of 32
 
 Embeddings, norms, the head and whatever the files do not hold stay plain numbers, and so do layers whose input is no
-multiple of a block: torchao refuses those, and bitsandbytes' kernel for CPUs (0.50) decodes them wrongly, a matrix of
-96 inputs by 28 %.
+multiple of a block: torchao refuses those, and bitsandbytes' kernel for CPUs (0.50) decodes them wrongly.
 """
 
 from __future__ import annotations
