@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from pegbox import anatomy, methods
 from pegbox.core import files
 from pegbox.core.errors import SettingsError
 from pegbox.core.method import Method
 from pegbox.core.tuned import Tuned
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def tune(
@@ -41,6 +40,10 @@ def tune(
         SettingsError: an unknown method or setting, a wrong type or range.
         TargetError: a target that names nothing in this model.
     """
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"tune takes a model, any torch.nn.Module, got {model!r}; load it first")
+    if not isinstance(method, (str, Method)):
+        raise SettingsError(f"method must be a name or a method with its settings, LoRA(rank=16), got {method!r}")
     if isinstance(method, Method) and settings:
         raise SettingsError(f"settings are part of {method!r} already; got {', '.join(settings)} beside it")
     built = method if isinstance(method, Method) else methods.make(method, settings)

@@ -191,3 +191,28 @@ def test_a_forward_patched_by_another_library_still_runs(model: nn.Module) -> No
     assert calls
     tuned.detach()
     assert layer.forward is patched
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "a name of a model": (lambda model: pegbox.tune("llama", "lora"), "takes a model"),  # type: ignore[arg-type]
+    "settings of another library": (lambda model: pegbox.tune(model, {"r": 4}), "a name or a method"),
+    "a second one by name": (lambda model: pegbox.tune(model, "lora", rank=4).add("b", "lora"), "pegbox.method"),
+    "a sum of none": (lambda model: pegbox.tune(model, "lora", rank=4).use(Sum()), "names no adapter"),
+    "a weight in words": (lambda model: pegbox.tune(model, "lora", rank=4).use(Sum(default="half")), "be a number"),
+    "a trainer without an adapter": (lambda model: pegbox.Trainer(model), "takes a tuned model"),
+    "a callback without one": (lambda model: pegbox.Callback(model), "takes a tuned model"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_says_what_is_right(name: str, model: nn.Module) -> None:
+    call, told = WRONG[name]
+    with pytest.raises((SettingsError, MethodError), match=told):
+        call(model)
+
+
+def test_the_line_that_users_of_peft_know(model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned = pegbox.tune(model, "lora", rank=4)
+    some, all_ = tuned.count()
+    tuned.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith(f"trainable params: {some:,} || all params: {all_:,} ||")

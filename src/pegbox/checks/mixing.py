@@ -29,9 +29,7 @@ def rows_mix_methods(lab: Lab) -> None:
         have = lab.output(tuned)
     for row, name in enumerate(ROWS):
         want = lab.output(tuned.use(name) if name else lab.model())
-        require_close(
-            have[row], want[row], f"row {row} with {name}", 3 * FP32
-        )  # convolutions of fewer rows round apart
+        require_close(have[row], want[row], f"row {row} with {name}", ROUNDING)
 
 
 @check(per_row, keeps_base, generates, on="all")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pegbox.core.errors import CannotMix
+from pegbox.core.errors import CannotMix, SettingsError
 from pegbox.core.graft import Graft, LowRankGraft
 from pegbox.core.low_rank import as_matrix
 from pegbox.core.site import Base
@@ -42,10 +42,18 @@ Plan = Stack | Sum
 
 
 def as_plan(use: str | Stack | Sum | Sequence[str]) -> Plan:
-    """A name is a stack of one; a list of names is a stack."""
-    if isinstance(use, (Stack, Sum)):
-        return use
-    return Stack(use) if isinstance(use, str) else Stack(*use)
+    """A name is a stack of one; a list of names is a stack.
+
+    Raises:
+        SettingsError: it names no adapter, or a weight is no number.
+    """
+    plan = use if isinstance(use, (Stack, Sum)) else Stack(use) if isinstance(use, str) else Stack(*use)
+    if not plan.names:
+        raise SettingsError(f"{plan} names no adapter; `with tuned.disabled():` is the base")
+    for name, weight in plan.weights.items() if isinstance(plan, Sum) else ():
+        if not isinstance(weight, (int, float)):
+            raise SettingsError(f"the weight of {name} in a Sum must be a number, got {weight!r}")
+    return plan
 
 
 def chain(plan: Plan, grafts: dict[str, Graft]) -> tuple[Graft, ...]:

@@ -105,11 +105,6 @@ def _same(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def headless(head: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Inside, the head returns its input, so that a model without a logit rule returns hidden states as logits."""
-    return replaced(head, _same)
-
-
 @dataclass(frozen=True)
 class Head:
     """A head at work: hidden states (..., D) and labels (...) to losses, a chunk of logits at a time."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pegbox.core import files, peft_files
 from pegbox.core.adapter import State
-from pegbox.core.errors import AdapterError, did_you_mean
+from pegbox.core.errors import AdapterError, SettingsError, did_you_mean
 from pegbox.core.layout import is_conv1d
 from pegbox.core.method import Method
 from pegbox.core.sharded import whole
@@ -114,7 +114,10 @@ def write(
 
     Raises:
         AdapterError: the method has no plain LoRA form.
+        SettingsError: `names` is neither of the two.
     """
+    if names not in ("diffusers", "kohya"):
+        raise SettingsError(f"names must be 'diffusers' or 'kohya', got {names!r}")
     adapter = tuned.adapter(name)
     folder = not str(path).endswith(".safetensors")
     place = Path(path) / FILE if folder else Path(path)
@@ -175,7 +178,9 @@ def _by_module(tensors: State, modules: Mapping[str, nn.Module], place: Path) ->
     for key in tensors.keys() - set(others):
         path, part = _parted(key, flat, place)
         if path not in modules:
-            raise AdapterError(f"{place}: {key} names no module of this model{did_you_mean(path, modules)}")
+            raise AdapterError(
+                f"{place}: {key} names no module of this model{did_you_mean(path, filter(None, modules))}"
+            )
         found.setdefault(path, {})[part] = tensors[key]
     if others:
         log.info("%s: %d tensors are for a text encoder, and not for this model", place, len(others))

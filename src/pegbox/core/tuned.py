@@ -14,7 +14,7 @@ from pegbox.core import storage
 from pegbox.core.adapter import Adapter, SiteAt, State, check_fit
 from pegbox.core.compose import Plan, Stack, Sum, as_plan, chain
 from pegbox.core.context import Context
-from pegbox.core.errors import CannotDisable, CannotMerge, CannotMix, MethodError, did_you_mean
+from pegbox.core.errors import CannotDisable, CannotMerge, CannotMix, MethodError, SettingsError, did_you_mean
 from pegbox.core.graft import CopyGraft
 from pegbox.core.method import Anatomy, Method
 from pegbox.core.parts import Assembled, Blocks
@@ -78,6 +78,8 @@ class Tuned(nn.Module):
             SettingsError, TargetError: from the method and its targets; the model is as it was.
             CannotMix: the method trains the base's own tensors and is not alone, or another here does.
         """
+        if not isinstance(method, Method):
+            raise SettingsError(f"add takes a method with its settings, pegbox.method('lora', rank=16), got {method!r}")
         check(method, what=method.name())
         self._check_alone(name, method)
         if self._unmerged is not None:

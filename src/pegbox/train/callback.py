@@ -45,6 +45,11 @@ class Callback(TrainerCallback):
     """
 
     def __init__(self, tuned: Tuned, *, save: bool = True) -> None:
+        if not isinstance(tuned, Tuned):
+            raise MethodError(
+                f"what trains an adapter takes a tuned model, got a {type(tuned).__name__}; "
+                "tuned = pegbox.tune(model, 'lora') makes one"
+            )
         self.tuned, self.save = tuned, save
         self._calibrated = False
         self._reentrant: RemovableHandle | None = None

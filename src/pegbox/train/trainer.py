@@ -81,13 +81,13 @@ class Trainer(transformers.Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
+        self._acts = Callback(tuned, save=False)
         self.tuned, self.metrics = tuned, metrics
         args = args or TrainingArguments("trainer_output")
         self.objective: Objective | Loss
         self.objective, self.objective_options = _given(objective, dict(objective_options or {}) | _smoothing(args))
         allow_quantised(tuned)
         self.extra, self.facts = dict(extra or {}), dict(facts or {})
-        self._acts = Callback(tuned, save=False)
         self._terms: dict[str, Tensor] = {}  # sums of the named losses since the last line of the log
         self._logged_at = 0
         self._staging: Path | None = None
