@@ -522,16 +522,27 @@ def rebuilt(layer: nn.Module, leaf: str, value: Tensor) -> nn.Module:
     assert kept is not None
     if type(value) not in (Tensor, nn.Parameter):
         return kept.twin(layer, leaf, value)  # type: ignore[arg-type]
-    assert isinstance(layer, nn.Linear)
     source = layer.__dict__.get("source_cls", nn.Linear)  # transformers notes what class the base has there
+    if not is_conv1d(source):
+        return linear(layer, value)
     with torch.device("meta"):
-        if is_conv1d(source):
-            plain, value = source(layer.out_features, layer.in_features), value.T.contiguous()
-        else:
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    plain.weight = nn.Parameter(value, requires_grad=False)
-    if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.detach().to(value.dtype), requires_grad=False)
+        turned = source(layer.out_features, layer.in_features)
+    return _with(turned, layer, value.T.contiguous())
+
+
+def linear(layer: nn.Module, value: Tensor) -> nn.Module:
+    """A plain `nn.Linear` in the place of a quantised layer.  Args: value: (out, in)"""
+    assert isinstance(layer, nn.Linear)
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    return _with(plain, layer, value)
+
+
+def _with(plain: nn.Module, layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A layer with a weight, and the bias of another."""
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
     return plain.train(layer.training)
 
 

@@ -94,7 +94,7 @@ def _decode(model: nn.Module, known: Facts) -> None:
 
 def _plain(module: nn.Module) -> nn.Module:
     value = storage.decoded(module, "weight")
-    return storage.rebuilt(module, "weight", value.to(storage.dtype(module, "weight")))
+    return storage.linear(module, value.to(storage.dtype(module, "weight")))
 
 
 def refusal(error: Exception, what: str) -> SettingsError | TargetError:
