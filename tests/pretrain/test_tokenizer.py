@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from pathlib import Path
 
@@ -110,3 +111,22 @@ def test_one_from_elsewhere_is_taken_as_it_is(tmp_path: Path, made) -> None:
     assert prepare(recipe(values), corpus, print).backend_tokenizer.to_str() == made.backend_tokenizer.to_str()
     with pytest.raises(SettingsError, match=r"tokenizer\.path"):
         prepare(recipe({**values, "tokenizer.path": str(tmp_path / "nothing")}), corpus, print)
+
+
+def test_a_full_disk_leaves_the_earlier_one_intact(tmp_path: Path, made, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = TinyCorpus(tmp_path, {"prose": prose(9)})
+    values = {"output": str(tmp_path), "sources.prose.path": "p", "tokenizer.size": 270}
+    before = prepare(recipe(values), corpus, print)
+
+    def full(folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(made), "save_pretrained", lambda self, folder: full(folder))
+        with pytest.raises(DataError, match=r"No space left.*intact"):
+            prepare(recipe({**values, "tokenizer.size": 280}), corpus, print)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["tokenizer"]
+    said: list[str] = []
+    assert len(prepare(recipe(values), corpus, said.append)) == len(before)
+    assert said[0].endswith("as made before")

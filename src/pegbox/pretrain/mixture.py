@@ -55,8 +55,10 @@ class Mixture:
     total: int
     seed: int = 0
     order: Literal["shuffled", "blocks"] = "shuffled"
-    _epochs: dict[int, tuple[int, NDArray[np.uint32]]] = field(default_factory=dict, init=False, repr=False)
-    _blocks: list[_Block] = field(default_factory=list, init=False, repr=False)  # the last one that was read
+    _epochs: dict[int, tuple[int, NDArray[np.uint32]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _blocks: list[_Block] = field(default_factory=list, init=False, repr=False, compare=False)  # the last one read
 
     def __post_init__(self) -> None:
         empty = [name for name, count in self.counts.items() if count < 1]

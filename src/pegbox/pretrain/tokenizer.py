@@ -248,7 +248,7 @@ def _found(folder: Path, made_from: Mapping[str, Any]) -> PreTrainedTokenizerFas
     for name, digest in seal["files"].items():
         if not (folder / name).is_file() or file_hash(folder / name) != digest:
             raise DataError(f"{folder / name} is missing or not what was written; delete {folder} to have it made anew")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return _given(str(folder))
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, seal: Mapping[str, Any]) -> None:
@@ -263,7 +263,9 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, seal: Mapping[str, A
         os.replace(part, folder)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise DataError(f"the tokenizer cannot be written to {folder}: {error.strerror or error}") from error
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror or error}; one that was there before is intact"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
