@@ -1,75 +1,107 @@
 """Texts that are nearly the same: MinHash over word triples (Broder 1997, "On the resemblance and containment of
-documents"), candidates by banding (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3.4), then counted.
+documents"), candidates by banding (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3.4). Both are
+datasketch's.
 """
 
 from __future__ import annotations
 
-import zlib
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pegbox.data.identity import normalised
+from pegbox.data.shingles import Hashes, hashed, runs, words
 
-BANDS, ROWS = 16, 4  # two texts that share 0.8 of their triples meet in a band with probability 0.9998
+ROWS = 4  # minima that two texts must share to meet in a band
+MISSED = 1e-3  # probability that two texts just as alike as asked for meet in no band
+LEAST_MINIMA = 128  # an estimate from so many is off by 0.035 (one standard deviation) at a resemblance of 0.8
 ALIKE = 0.8  # share of word triples from which two texts count as near duplicates
 LEAST_WORDS = 8  # shorter texts have too few triples to compare
-MOST_WORDS = 2000  # of a longer text, so many words are compared
-MOST_RIVALS = 8  # earlier texts of a band that a text is compared with
-
-Hashes = NDArray[np.uint64]
+MOST_WORDS = 2000  # of a longer text, so many words are counted
+MOST_RIVALS = 256  # earlier texts that a text is compared with
 
 
 @dataclass
 class NearDuplicates:
-    """Texts seen so far; memory is about 8 bytes for each different triple of words."""
+    """Different texts seen so far.
 
-    _shingles: dict[str, Hashes] = field(default_factory=dict)
-    _bands: dict[tuple[int, bytes], list[str]] = field(default_factory=dict)
+    Args:
+        alike: resemblance from which two texts are near duplicates: shared word triples over all of either, 0 to 1.
+        counted: keep the triples (8 bytes for each different one) and count. Otherwise the resemblance is estimated
+            from the minima, and whole texts are compared: about 5 kilobytes a text, however long, at 0.8.
+    """
+
+    alike: float = ALIKE
+    counted: bool = True
+    _known: dict[str, Any] = field(default_factory=dict)  # key -> triples, or minima
+    _order: dict[str, int] = field(default_factory=dict)
+    _added: int = 0
 
     def __len__(self) -> int:
-        return len(self._shingles)
+        return len(self._known)
 
     def add(self, key: str, text: str) -> str | None:
-        """Remember a text; the key of an earlier one it nearly repeats, or None."""
-        shingles = _triples(text)
-        if shingles is None:
+        """The key of an earlier text that this one nearly repeats; None for a new one, which is remembered."""
+        triples = self._triples(text)
+        if triples is None:
             return None
-        bands = _signature(shingles)
-        rival = self._rival(shingles, bands)
-        self._shingles[key] = shingles
-        for band in bands:
-            self._bands.setdefault(band, []).append(key)
+        sketch = self._sketch(triples)
+        rival = self._rival(triples, sketch)
+        if rival is None:
+            self._known[key] = triples if self.counted else sketch.hashvalues
+            self._order[key] = self._added = self._added + 1
+            self._index.insert(key, sketch)
         return rival
 
     def find(self, text: str) -> str | None:
         """The key of a remembered text that this one nearly repeats, or None."""
-        shingles = _triples(text)
-        return None if shingles is None else self._rival(shingles, _signature(shingles))
+        triples = self._triples(text)
+        return None if triples is None else self._rival(triples, self._sketch(triples))
 
-    def _rival(self, shingles: Hashes, bands: list[tuple[int, bytes]]) -> str | None:
-        keys = dict.fromkeys(key for band in bands for key in self._bands.get(band, [])[:MOST_RIVALS])
-        return next((key for key in keys if _resemblance(shingles, self._shingles[key]) >= ALIKE), None)
+    def forget(self, key: str) -> None:
+        """Take a text back; nothing where its key is not known, as that of a text too short to compare."""
+        if self._known.pop(key, None) is not None:
+            del self._order[key]
+            self._index.remove(key)
 
+    @cached_property
+    def _index(self) -> Any:
+        from datasketch import MinHashLSH
 
-def _triples(text: str) -> Hashes | None:
-    """Hashes of the different word triples, sorted; None for a text too short to compare."""
-    words = normalised(text).split()[:MOST_WORDS]
-    if len(words) < LEAST_WORDS:
-        return None
-    hashes = {zlib.crc32(" ".join(words[i : i + 3]).encode("utf-8", "replace")) for i in range(len(words) - 2)}
-    return np.fromiter(sorted(hashes), dtype=np.uint64, count=len(hashes))
+        chance = min(self.alike, 0.999) ** ROWS  # of meeting in one band
+        bands = max(2, math.ceil(math.log(MISSED) / math.log1p(-chance)))
+        return MinHashLSH(num_perm=max(bands * ROWS, LEAST_MINIMA), params=(bands, ROWS))
 
+    @cached_property
+    def _blank(self) -> Any:
+        from datasketch import MinHash
 
-def _signature(shingles: Hashes) -> list[tuple[int, bytes]]:
-    generator = np.random.default_rng(0)  # the same functions for every text
-    scale = generator.integers(2**63, dtype=np.uint64, size=(BANDS * ROWS, 1)) * np.uint64(2) + np.uint64(1)
-    shift = generator.integers(2**63, dtype=np.uint64, size=(BANDS * ROWS, 1))
-    smallest = (scale * shingles[None, :] + shift).min(axis=1)  # (BANDS * ROWS, T) -> (BANDS * ROWS,)
-    return [(i, smallest[i * ROWS : (i + 1) * ROWS].tobytes()) for i in range(BANDS)]
+        return MinHash(num_perm=self._index.h, hashfunc=int)
+
+    def _triples(self, text: str) -> Hashes | None:
+        """Different word triples, sorted; None for a text too short to compare."""
+        found = words(text)[: MOST_WORDS if self.counted else None]
+        return np.unique(runs(hashed(found), 3)) if len(found) >= LEAST_WORDS else None
+
+    def _sketch(self, triples: Hashes) -> Any:
+        sketch = self._blank.copy()
+        sketch.update_batch((triples >> np.uint64(32)).tolist())
+        return sketch
+
+    def _rival(self, triples: Hashes, sketch: Any) -> str | None:
+        """The earliest that is as alike as asked for."""
+        keys = sorted(self._index.query(sketch), key=self._order.__getitem__)[:MOST_RIVALS]
+        own = triples if self.counted else sketch.hashvalues
+        alike = _resemblance if self.counted else _estimate
+        return next((key for key in keys if alike(own, self._known[key]) >= self.alike), None)
 
 
 def _resemblance(a: Hashes, b: Hashes) -> float:
     shared = np.intersect1d(a, b, assume_unique=True).size
     return float(shared / (a.size + b.size - shared))
+
+
+def _estimate(a: Any, b: Any) -> float:
+    return float(np.mean(a == b))

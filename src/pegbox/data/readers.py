@@ -356,6 +356,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".txt": _text,
+    ".md": _text,
     ".conll": _conll,
     ".conllu": _conllu,
 }

@@ -14,7 +14,7 @@ from typing import Any
 from pegbox.core.errors import DataError, did_you_mean
 from pegbox.data import dataset_info, images
 from pegbox.data.class_names import named
-from pegbox.data.readers import Record, read_file, readable, record
+from pegbox.data.readers import Record, kind_of, read_file, readable, record
 
 Source = str | Path | Iterable[Any]
 
@@ -119,6 +119,7 @@ def _read(path: Path, name: str) -> Iterator[Record]:
 
 def _folder(folder: Path, split: str | None) -> Iterator[Record]:
     found = sorted(path for path in folder.rglob("*") if path.is_file() and _is_data(path.relative_to(folder)))
+    found = [path for path in found if kind_of(path) != ".md"] or found  # beside data, Markdown is about it
     if not found and (pictures := sorted(path for path in folder.rglob("*") if images.is_image(path))):
         return _pictures(folder, pictures, split)
     if not found:
