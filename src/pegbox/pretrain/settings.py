@@ -25,7 +25,8 @@ class SourceSettings:
     path: str | tuple[str, ...] = setting("", "files, folders or hub ids; relative to the folder of the recipe")
     text: str = setting("{text}", "how a row becomes a text: its columns in braces")
     weight: float = setting(1.0, "share of the training rows, beside the other sources' weights", above=0)
-    limit: int | None = setting(None, "use only the first so many rows", at_least=1)
+    limit: int | None = setting(None, "use only the first so many texts", at_least=1)
+    clean: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "settings of `clean` for this source"})
     licence: str = setting("", "for the data card")
     cite: str = setting("", "for the data card")
 
@@ -35,7 +36,9 @@ class CleanSettings:
     """What is done to each text, in this order, and which texts are kept."""
 
     markup: bool = setting(True, "take out HTML tags, scripts and styles")
-    garbled: float = setting(0.02, "drop a text with a larger share of undecodable or control characters", at_least=0)
+    garbled: float = setting(
+        0.02, "drop a text with a larger share of undecodable or control characters; else they go", at_least=0
+    )
     addresses: bool = setting(False, "replace e-mail addresses, telephone and IP numbers, and links by placeholders")
     lines: bool = setting(False, "drop lines without a letter, and web lines without closing punctuation")
     words: tuple[str, ...] = setting((), "drop a text in which one of these words occurs")
@@ -43,7 +46,9 @@ class CleanSettings:
     most: int | None = setting(None, "cut a text after so many characters", at_least=1)
     language: str | None = setting(None, "drop a text in another language than this ISO 639-1 code")
     quality: bool = setting(True, "drop a text that the rules of Gopher and C4 find no running text")
-    repeats: float = setting(0.3, "drop a text of whose lines a larger share is repeated", at_least=0, at_most=1)
+    repeats: float = setting(
+        0.3, "drop a text of whose lines of four words and more a larger share is repeated", at_least=0, at_most=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ class ModelSettings:
     theta: float = setting(10_000.0, "base of the rotary embedding", above=0)
     epsilon: float = setting(1e-5, "of RMSNorm", above=0)
     shrink: float = setting(1.0, "the embedding's gradient is multiplied by this (GLM-130B: 0.1)", above=0, at_most=1)
-    attention: str = setting("sdpa", "implementation, by transformers' name")
+    attention: str = setting("auto", "by transformers' name; auto: sdpa, and on a CPU a faster one of our own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +220,7 @@ def _source(name: str, given: Any) -> SourceSettings:
     made = build(SourceSettings, values, what=name)
     if not made.path:
         raise SettingsError(f"{name} has no path; give {name}.path=FILE")
+    build(CleanSettings, made.clean, what=f"{name}.clean")
     return made
 
 
