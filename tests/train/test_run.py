@@ -41,7 +41,7 @@ def sentences(count: int = 40) -> list[Any]:
 
 def run(model: Path, data: Path, output: Path, /, **changes: Any) -> RunResult:
     plain = {"model": str(model), "data": str(data), "output": str(output), "max_steps": 2, "batch_size": 4}
-    return train(run_settings(plain | changes))
+    return train(run_settings({"dtype": "float32"} | plain | changes))  # `auto` is another on every processor
 
 
 def test_a_classifier_from_a_file_of_labels(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
