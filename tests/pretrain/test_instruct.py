@@ -73,7 +73,7 @@ def test_rows_are_counted_to_the_last(root: Path, tmp_path: Path) -> None:
     scored = [json.loads(line) for line in (tmp_path / "instruct_data" / "entropies.jsonl").read_text().splitlines()]
     values = sorted(line["entropy"] for line in scored)
     assert sorted(line["entropy"] for line in scored if line["kept"]) == values[8:23]
-    assert f"instruct   asked: kept {asked.kept} of 14 (1 rejected, 3 repeated" in " ".join(said)
+    assert f"instruct: asked: kept {asked.kept} of 14 (1 rejected, 3 repeated" in " ".join(said)
 
 
 def test_a_band_within_each_source(root: Path, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from pegbox.data.identity import fingerprint, surface
 from pegbox.data.readers import readable
 from pegbox.pretrain.entropy import answer_entropy, select
 from pegbox.pretrain.settings import InstructSettings, Recipe
+from pegbox.pretrain.sources import place
+from pegbox.pretrain.together import alone
 from pegbox.train.settings import RunSettings, run_settings
 
 if TYPE_CHECKING:
@@ -99,11 +101,13 @@ def instruct(recipe: Recipe, base: Path, root: Path, say: Say) -> Instructed:
 
     output = Path(recipe.output)
     settings = settings_of(recipe, base)
-    parts = choose(recipe, base, root, settings, say)
+    alone("chosen", lambda: choose(recipe, base, root, settings, say))
+    found = json.loads((output / DATA / PARTS).read_text())
+    parts = {name: Part(**part) for name, part in found.items()}
     done = train(settings)
     folder = output / MODEL
-    merge(output / ADAPTER, folder, base, overwrite=True)
-    say(f"instruct   {folder}: {recipe.instruct.method} merged into the base, equal to what was trained")
+    alone("merged", lambda: merge(output / ADAPTER, folder, base, overwrite=True))
+    say(f"instruct: {folder}, {recipe.instruct.method} merged into the base, equal to what was trained")
     return Instructed(folder, output / ADAPTER, parts, done.steps, done.train_loss, done.seconds)
 
 
@@ -146,7 +150,7 @@ def choose(recipe: Recipe, base: Path, root: Path, run: RunSettings, say: Say) -
     """Write the conversations to train on, and what became of the others; each source is told in one line."""
     folder = Path(recipe.output) / DATA
     folder.mkdir(parents=True, exist_ok=True)
-    found = {name: _conversations(name, path, folder) for name, path in sources(recipe.instruct, root).items()}
+    found = {name: _conversations(name, where, folder) for name, where in sources(recipe.instruct, root).items()}
     fresh = _without_repeats({name: rows for name, (rows, _) in found.items()})
     values = _entropies(fresh, recipe.instruct, base, run)
     kept = _kept(values, recipe.instruct)
@@ -164,7 +168,7 @@ def choose(recipe: Recipe, base: Path, root: Path, run: RunSettings, say: Say) -
             kept=len(kept[name]),
             entropy=sum(scored) / len(scored) if scored else None,
         )
-        say(f"instruct   {name}: {told(parts[name])}")
+        say(f"instruct: {name}: {told(parts[name])}")
     _write(folder / CHOSEN, (fresh[name][k] for name in fresh for k in kept[name]))
     if recipe.instruct.select != "all":
         _write(folder / ENTROPIES, _scored(fresh, values, kept))
@@ -189,28 +193,28 @@ def sources(settings: InstructSettings, root: Path) -> dict[str, str]:
 
     Raises:
         SettingsError: two of one name.
+        DataError: a folder or a pattern holds no file.
     """
     listed = (settings.data,) if isinstance(settings.data, str) else settings.data
     found: dict[str, str] = {}
-    for place in (found_at for given in listed for found_at in _places(given, root)):
-        path = Path(place)
+    for where in (where for given in listed for where in _places(given, root)):
+        path = Path(where)
         name = path.name.partition(".")[0]
         name = name if name not in found else f"{path.parent.name}/{name}"
         if name in found:
-            raise SettingsError(f"instruct.data has two sources {name!r}, {found[name]} and {place}; rename one")
-        found[name] = place
+            raise SettingsError(f"instruct.data has two sources {name!r}, {found[name]} and {where}; rename one")
+        found[name] = where
+    if not found:
+        raise DataError(f"instruct.data {', '.join(listed)}: no file there that could be read")
     return found
 
 
 def _places(given: str, root: Path) -> list[str]:
-    """The files that a setting means; a name that is none here, and does not look like one, is for the hub."""
-    path = root / Path(given).expanduser()
-    if path.is_dir():
-        return [os.fspath(file) for file in sorted(path.rglob("*")) if file.is_file() and readable(file)]
-    if glob.has_magic(given):
-        return sorted(glob.glob(os.fspath(path), recursive=True))
-    local = path.exists() or readable(path) or given.startswith((".", "/", "~"))
-    return [os.fspath(path) if local else given]
+    """The files that a setting means, or the one place."""
+    found = place(given, root)
+    if Path(found).is_dir():
+        return [os.fspath(file) for file in sorted(Path(found).rglob("*")) if file.is_file() and readable(file)]
+    return sorted(glob.glob(found, recursive=True)) if glob.has_magic(given) else [found]
 
 
 def _conversations(name: str, path: str, folder: Path) -> tuple[list[Example], int]:
@@ -264,8 +268,8 @@ def _kept(values: Mapping[str, Sequence[float]], settings: InstructSettings) -> 
         return {name: select(of, settings.select, **how) for name, of in values.items()}
     places = [(name, k) for name, of in values.items() for k in range(len(of))]
     kept: dict[str, list[int]] = {name: [] for name in values}
-    for place in select([values[name][k] for name, k in places], settings.select, **how):
-        name, k = places[place]
+    for rank in select([values[name][k] for name, k in places], settings.select, **how):
+        name, k = places[rank]
         kept[name].append(k)
     return kept
 
