@@ -2,7 +2,7 @@
 
 `checkpoint-N/` holds the adapter, the optimizer, the scheduler, the generators' states, the trainer's state, and
 
-    pegbox.json     what the run is (see `difference`), how far its log got, and the size in bytes of every file
+    pegbox.json     what the run is (see `difference`), how far its log got, and size and CRC-32 of every file
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ def staging(output: Path) -> Path:
 
 
 def seal(folder: Path, output: Path, content: Mapping[str, Any]) -> Path:
-    """Note the sizes of a finished checkpoint's files, force them to disk, and rename it into `output`."""
+    """Note sizes and sums of a finished checkpoint's files, force them to disk, and rename it into `output`."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / SEAL).write_text(json.dumps({**content, "files": sizes}, indent=1) + "\n")
+    sums = {str(path.relative_to(folder)): _sum(path) for path in files}
+    (folder / SEAL).write_text(json.dumps({**content, "files": sizes, "sums": sums}, indent=1) + "\n")
     for path in (*files, folder / SEAL):
         _to_disk(path)
     final = output / folder.name
@@ -79,6 +81,21 @@ def incomplete(folder: Path) -> str | None:
     return None
 
 
+def damaged(folder: Path) -> str | None:
+    """Why a complete checkpoint is not what was written; None if it is. Reads all of it."""
+    sums = json.loads((folder / SEAL).read_text()).get("sums", {})
+    changed = next((name for name, value in sums.items() if _sum(folder / name) != value), None)
+    return None if changed is None else f"{changed} is not what was written"
+
+
+def _sum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return found
+
+
 def checkpoints(output: Path) -> list[Path]:
     """Checkpoint folders in `output`, by step."""
     found = [(path, re.fullmatch(rf"{PREFIX}(\d+)", path.name)) for path in output.glob(f"{PREFIX}*")]
@@ -87,9 +104,9 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def last_complete(output: Path) -> Path | None:
-    """The newest complete checkpoint; those that are not are passed over with a message."""
+    """The newest checkpoint that is complete and what was written; others are passed over with a message."""
     for path in reversed(checkpoints(output)):
-        fault = incomplete(path)
+        fault = incomplete(path) or damaged(path)
         if fault is None:
             return path
         log.warning("%s is passed over, it is no complete checkpoint: %s", path, fault)
