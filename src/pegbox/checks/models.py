@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from pegbox.checks import kinds
 
-Has = Literal["bias", "norms", "token ids", "blocks", "hidden states", "skips", "generation", "checkpointing"]
+Has = Literal[
+    "bias", "norms", "lookups", "token ids", "blocks", "hidden states", "skips", "generation", "checkpointing"
+]
 Batch = dict[str, Tensor]
 
 VOCABULARY, CLASSES, ROWS, LENGTH = 60, 3, 4, 8
@@ -335,14 +337,14 @@ def words(seed: int) -> Batch:
 _DIFFUSERS = ("diffusers", "diffusion")
 _BNB = ("bitsandbytes", "quantised")
 _BLOCKS: frozenset[Has] = frozenset({"blocks", "norms", "hidden states", "checkpointing"})
-_DECODER: frozenset[Has] = _BLOCKS | {"token ids", "generation"}
+_DECODER: frozenset[Has] = _BLOCKS | {"token ids", "lookups", "generation"}
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("llama", llama, text, _DECODER),
         Family("gpt2", gpt2, text, _DECODER | {"bias"}),
-        Family("bert", bert, classified_text, _BLOCKS | {"bias", "token ids"}),
+        Family("bert", bert, classified_text, _BLOCKS | {"bias", "token ids", "lookups"}),
         Family("t5", t5, translation, _DECODER),
         Family("vit", vit, images, _BLOCKS | {"bias"}),
         Family("mlp", Mlp, features, frozenset({"bias"}), takes_labels=False, targets="all-linear"),
@@ -360,7 +362,7 @@ FAMILIES: dict[str, Family] = {
             "dit",
             dit,
             classified_noise,
-            frozenset({"bias", "blocks"}),
+            frozenset({"bias", "blocks", "lookups"}),
             takes_labels=False,
             score=F.mse_loss,
             package=_DIFFUSERS,
@@ -378,7 +380,7 @@ FAMILIES: dict[str, Family] = {
             "embedding",
             kinds.Lookups,
             words,
-            frozenset({"bias"}),
+            frozenset({"bias", "lookups"}),
             takes_labels=False,
             targets="mix",
             matrices="embed,scaled",

@@ -110,8 +110,8 @@ class Traits:
         in_turn: which of its tensors train changes from step to step (`tuned.select`).
         per_row: rows of one batch may use different adapters.
         packs: a row may hold several examples, each of which gets what it gets alone.
-        needs: what a model must have: `bias`, `norms` (trained), `token ids`, `blocks` (that its anatomy knows),
-            `hidden states` (a stack of blocks that gives them to a head), `skips` (of a U-Net).
+        needs: what a model must have: `bias`, `norms` (trained), `lookups` (embeddings), `token ids`, `blocks` (that
+            its anatomy knows), `hidden states` (a stack of blocks that gives them to a head), `skips` (of a U-Net).
         peft: HF PEFT's layout of the same method, if it has one.
         xfail: conformance check -> why this method cannot pass it; a strict expected failure.
     """
@@ -126,7 +126,7 @@ class Traits:
     in_turn: bool = False
     per_row: bool = True
     packs: bool = True
-    needs: tuple[Literal["bias", "norms", "token ids", "blocks", "hidden states", "skips"], ...] = ()
+    needs: tuple[Literal["bias", "norms", "lookups", "token ids", "blocks", "hidden states", "skips"], ...] = ()
     peft: PeftLayout | None = None
     xfail: Mapping[str, str] = field(default_factory=dict)
 

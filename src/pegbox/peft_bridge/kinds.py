@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 How = Literal["layers", "attention", "prompt", "prefix"]
-Kinds = Literal["linears", "matrices", "modules"]
-Need = Literal["bias", "norms", "token ids", "blocks"]
+Kinds = Literal["linears", "lookups", "matrices", "modules"]
+Need = Literal["bias", "norms", "lookups", "token ids", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Facts:
 
 OWN_SEED = "what it draws hangs on PEFT's own seed, which is a setting"
 OF_THE_BASE = "it is made of the base's weights, so that one made of a merged base is another"
+SPARSE = "PEFT's layer makes a sparse tensor in every forward, which torch.compile does not trace"
 DRAWS = "it draws at every call while it trains"
 DECOMPOSED = "PEFT's layer computes with its decomposition of the matrix in bfloat16"
 GROUPED = "PEFT's layer mixes the groups of a grouped convolution, which no grouped kernel does"
@@ -92,7 +93,7 @@ FACTS: dict[str, Facts] = {
     "frod": Facts(defaults={"progressbar": False}, xfail={
         "seams_are_declared": "its shares have bounds that PEFT's configuration class does not tell",
         "other_seed_other_bits": OWN_SEED,
-        "compiles_whole": "PEFT's layer makes a sparse tensor in every forward, which torch.compile does not trace",
+        "compiles_whole": SPARSE,
         "merged_equals_forward_in_bf16": DECOMPOSED,
         **{f"masters_stay_float32[{family}]": DECOMPOSED for family in ("gpt2", "mlp", "dit")},
         "a_stack_is_one_around_the_other": OF_THE_BASE,
@@ -101,7 +102,9 @@ FACTS: dict[str, Facts] = {
     "hra": Facts(kinds="matrices", xfail={"a_stack_runs_all": BLIND}),
     "osf": Facts(xfail={"a_stack_is_one_around_the_other": OF_THE_BASE}),
     "randlora": Facts(xfail={"other_seed_other_bits": OWN_SEED}),
-    "shira": Facts(xfail={"other_seed_other_bits": OWN_SEED, "a_stack_runs_all": BLIND}),
+    "shira": Facts(
+        xfail={"other_seed_other_bits": OWN_SEED, "a_stack_runs_all": BLIND, "compiles_whole": SPARSE},
+    ),
     "psoft": Facts(xfail={"a_stack_is_one_around_the_other": OF_THE_BASE}),
     "pvera": Facts(xfail={
         "other_seed_other_bits": OWN_SEED,
@@ -110,9 +113,10 @@ FACTS: dict[str, Facts] = {
         "training_lowers_the_loss[mlp]": DRAWS,
         "training_lowers_the_loss[conv]": DRAWS,
     }),
+    "supertuning": Facts(small={"sparsity": 0.9}),
     "tinylora": Facts(xfail={"other_seed_other_bits": OWN_SEED}),
     "unilora": Facts(identity=False, small={"theta_d_length": 4000}),
-    "vblora": Facts(identity=False, small={"vector_length": 2, "num_vectors": 8}),
+    "vblora": Facts(identity=False, small={"vector_length": 2, "num_vectors": 8, "r": 8}),
     "vera": Facts(xfail={"other_seed_other_bits": OWN_SEED}),
     "waveft": Facts(xfail={"other_seed_other_bits": OWN_SEED}),
     "beft": Facts(needs=("bias",), xfail={"other_seed_other_bits": "what it draws is set to zero"}),
@@ -157,7 +161,7 @@ FACTS: dict[str, Facts] = {
                            defaults={"num_virtual_tokens": 20}, small={"num_virtual_tokens": 3}),
     "prompt_tuning": Facts("prompt", "embed", "matrices", identity=False, merges=False, needs=("token ids",),
                            defaults={"num_virtual_tokens": 20}, small={"num_virtual_tokens": 3}),
-    "trainable_tokens": Facts(targets="embed", kinds="matrices", needs=("token ids",), tied=True,
+    "trainable_tokens": Facts(targets="embed", kinds="lookups", needs=("lookups",), tied=True,
                               defaults={"token_indices": (0, 1)}, small={"token_indices": tuple(range(2, 40))},
                               xfail={"a_stack_runs_all": "the outer one's rows stand in the place of the inner one's"}),
 }  # fmt: skip

@@ -49,7 +49,7 @@ class PeftMethod(Method):
         paths = Method.sites(self._present(anatomy), model, anatomy)
         if "bias" in self.facts.needs:
             paths = self._biased(paths, model)
-        return _with_tied(paths, model) if self.facts.tied else paths
+        return _with_tied(paths, model, anatomy) if self.facts.tied else paths
 
     def _biased(self, paths: list[str], model: nn.Module) -> list[str]:
         found = [path for path in paths if model.get_submodule(path)._parameters.get("bias") is not None]
@@ -226,6 +226,7 @@ def _kinds(known: Facts) -> tuple[type[nn.Module], ...]:
 MATRICES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "linears": (nn.Linear,),
+    "lookups": (nn.Embedding,),
     "matrices": MATRICES,
     "modules": (nn.Module,),
 }
@@ -242,9 +243,10 @@ def plain_config(config: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()} | {"inference_mode": True}
 
 
-def _with_tied(paths: list[str], model: nn.Module) -> list[str]:
-    """The paths, and those of modules whose weight is one of theirs."""
-    named = list(model.named_modules())
+def _with_tied(paths: list[str], model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """The paths, and those of modules in a role (T5's `shared`, which never runs, has none) with a weight of theirs."""
+    known = {path for found in anatomy.roles().values() for path in found} | set(paths)
+    named = [(path, module) for path, module in model.named_modules() if path in known]
     weights = {id(m._parameters.get("weight")) for path, m in named if path in paths} - {id(None)}
     return [path for path, m in named if path in paths or id(m._parameters.get("weight")) in weights]
 
