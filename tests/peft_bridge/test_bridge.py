@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from pegbox.core.errors import AdapterError, CannotMerge, SettingsError, TargetE
 from pegbox.core.files import TENSORS
 from pegbox.core.tuned import Tuned
 from pegbox.peft_bridge.kinds import REFUSED, facts
+
+from .__main__ import RECORD
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 TUNERS = [name.removeprefix("peft:") for name in peft_bridge.names()]
@@ -53,6 +56,7 @@ def _trials(tuners: Sequence[str], families: Sequence[str], only: Sequence[str])
 TRIALS = [
     *_trials(REPRESENTATIVE, ("llama",), SUITE),
     *_trials(QUANTISED, ("nf4", "int8"), STORED),
+    *_trials(("lora", "loha"), ("conv",), ("starts_as_declared", "merged_equals_forward", "a_sum_adds_changes")),
     *_trials(("adalora",), ("llama",), ("merged_equals_forward_in_bf16", "masters_stay_float32")),
 ]
 
@@ -61,6 +65,13 @@ TRIALS = [
 def test_does_what_the_suite_asks(trial: Trial) -> None:
     result = checks.attempt(trial)
     assert not result.bad, f"{result.status}: {result.message}\n{result.about}"
+
+
+def test_the_record_of_the_whole_suite_is_of_every_tuner() -> None:
+    """`make peft` wrote it, and nothing in it is other than declared."""
+    record = json.loads(RECORD.read_text())["tuners"]
+    assert sorted(record) == sorted(peft_bridge.names())
+    assert not {name: tuner["bad"] for name, tuner in record.items() if tuner["bad"]}
 
 
 def test_every_type_is_reached_or_refused_with_a_reason() -> None:
