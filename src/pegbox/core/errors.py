@@ -11,6 +11,7 @@
     ├── DataError         data that cannot be read or recognised
     ├── ModelError        a model that cannot do what is asked of it
     ├── ParityError       a merged or exported model that differs from the trained one
+    ├── Diverged          training that spikes again and again
     └── MissingExtra      an optional dependency that is not installed
 
 A message names the thing, the value, what was expected and the nearest valid choice.
@@ -70,6 +71,10 @@ class ModelError(PegboxError):
 
 class ParityError(PegboxError):
     """A merged or exported model that differs from the trained one."""
+
+
+class Diverged(PegboxError):
+    """Training that spikes again and again, however often it goes back."""
 
 
 class MissingExtra(PegboxError, ImportError):
