@@ -32,7 +32,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
             torch.nn.init.normal_(p, std=0.1)
     tuned.save(tmp_path / "shipped" / "chat")
     for name in ("base", "chat"):
-        (tmp_path / "shipped" / name / "README.md").write_text(f"# {name}\n\nOne of two.\n")
+        (tmp_path / "shipped" / name / "README.md").write_text(f"---\nlicense: mit\n---\n\n# {name}\n\nOne of two.\n")
     monkeypatch.setattr(zoo, "FOLDER", tmp_path / "shipped")
     monkeypatch.setenv("PEGBOX_CACHE", str(tmp_path / "cache"))
     return tuned
@@ -49,7 +49,7 @@ def test_an_adapter_is_merged_once(small: torch.nn.Module, tmp_path: Path) -> No
     assert zoo.folder("chat") == folder
     assert (folder / "config.json").stat().st_mtime_ns == stamp
     assert locate("chat") == str(folder)
-    assert zoo.entry("chat").base == "base"
+    assert (zoo.entry("chat").base, zoo.entry("chat").summary) == ("base", "One of two.")
 
 
 def test_a_cache_that_cannot_be_written_is_said(small: torch.nn.Module, tmp_path: Path) -> None:

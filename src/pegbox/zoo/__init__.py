@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 CARD, CONFIG, ADAPTER = "README.md", "config.json", "adapter_config.json"
+FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # a card's YAML
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def entry(name: str) -> Entry:
         ModelError: no such model, with the nearest.
     """
     place = _shipped(name)
-    summary = next(line for line in card(name).splitlines() if line and not line.startswith(("#", "-", "<")))
+    text = FRONT.sub("", card(name))
+    summary = next(line for line in text.splitlines() if line and not line.startswith(("#", "-", "<")))
     weights = list(place.glob("*.safetensors"))
     base = json.loads((place / ADAPTER).read_text())["base_model_name_or_path"] if _is_adapter(place) else None
     counted = sum(map(_parameters, weights))
