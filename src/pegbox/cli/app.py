@@ -20,14 +20,16 @@ from pegbox.cli import (
     inspect,
     merge,
     methods,
+    pretrain,
     train,
+    zoo,
 )
 from pegbox.cli.group import OVERRIDES, Verbs
 
 # Newer versions of typer bring a click of their own, so its errors are found through the one that typer exports.
 USAGE_ERRORS: tuple[type[Any], ...] = typer.BadParameter.__bases__
 
-SETTINGS_VERBS = (train, compare, evaluate, generate, chat, merge, export, inspect)
+SETTINGS_VERBS = (train, pretrain, compare, evaluate, generate, chat, merge, export, inspect)
 ALIASES = {"sft": train, "pt": train, "finetune": train, "evaluate": evaluate, "infer": generate}
 
 
@@ -61,6 +63,7 @@ for verb in SETTINGS_VERBS:
 for alias, verb in ALIASES.items():
     app.command(alias, context_settings=OVERRIDES, hidden=True)(verb.run)
 app.command("methods")(methods.methods)
+app.command("zoo")(zoo.zoo)
 app.command("check")(check.check)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)

@@ -73,6 +73,12 @@ def is_recipe(word: str) -> bool:
     return "=" not in word and word.endswith(YAML)
 
 
+def folder_of(words: Sequence[str]) -> Path:
+    """The folder of the recipe that comes first; the current one where none does, or one that ships with Pegbox."""
+    path = Path(words[0]) if words and is_recipe(words[0]) else Path()
+    return path.parent if path.is_file() else Path()
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of settings; where there is none of this name, the one that ships with Pegbox."""
     if not path.is_file():

@@ -105,13 +105,11 @@ class Verb:
         ours = ALIASES.get(key, key)
         return key if key in known or ours not in known else ours
 
-    def _texts(self) -> set[str]:
+    def _texts(self) -> _Texts:
         """Settings that are text and nothing else; one with settings of its own may be a mapping of them."""
-        import typing
-
-        hints = typing.get_type_hints(self._class())
-        plain = {name for name, hint in hints.items() if hint in (str, str | None)}
-        return {name for name in plain if f"{name}_settings" not in hints}
+        cls = self._class()
+        parts = [part for f in dataclasses.fields(cls) if (part := _part(cls, f.name)) is not None]
+        return _Texts(_plain_texts(cls) | {f"{prefix}.{name}" for prefix, part in parts for name in _plain_texts(part)})
 
     def _subject_of(self, word: str) -> str:
         """The setting that a bare first word gives."""
@@ -163,6 +161,25 @@ class Verb:
         wrapped = textwrap.wrap(meaning, max(width - 42, 30)) or [""]
         head = [f"{shown:<40}  {wrapped[0]}"] if len(shown) <= 40 else [shown, f"{'':<42}{wrapped[0]}"]
         return head + [f"{'':<42}{line}" for line in wrapped[1:]]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Names of settings, those of a part's part with NAME in the place of its name."""
+
+    names: set[str]
+
+    def __contains__(self, key: object) -> bool:
+        first, *middle, last = str(key).split(".") if "." in str(key) else (str(key), "")
+        return (f"{first}.NAME.{last}" if middle else key) in self.names
+
+
+def _plain_texts(cls: type) -> set[str]:
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    plain = {name for name, hint in hints.items() if hint in (str, str | None)}
+    return {name for name in plain if f"{name}_settings" not in hints}
 
 
 def _part(cls: type, name: str) -> tuple[str, type] | None:

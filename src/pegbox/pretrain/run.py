@@ -21,24 +21,28 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 
 from pegbox.core.errors import DataError
+from pegbox.data.sources import load_records
 from pegbox.evaluate.saved import save
 from pegbox.pretrain import cards, corpus, curves, engine, instruct, report, shards, tokenizer
 from pegbox.pretrain.guard import SPIKES
 from pegbox.pretrain.instruct import Part
 from pegbox.pretrain.mixture import Mixture, RowDataset
-from pegbox.pretrain.model import build, estimate
+from pegbox.pretrain.model import Estimate, build, estimate
 from pegbox.pretrain.settings import Recipe
 from pegbox.pretrain.sources import place, texts
 from pegbox.pretrain.together import alone
 from pegbox.train.checkpoint import last_complete
+from pegbox.train.hardware import bf16_units
 from pegbox.train.manifest import NAME as MANIFEST
 from pegbox.train.manifest import Manifest
 from pegbox.train.model import load
@@ -58,7 +62,9 @@ MODEL = "model"
 END_OF_TURN = "<|end|>"  # of tokenizers made here
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_WORDS = ("no space left", "quota exceeded", "pytorchstreamwriter failed", "unexpected pos")  # also of torch.save
-DEVICES, RATE = (1, 8, 64), 312e12  # of an A100, in bfloat16
+DEVICES, RATE = (1, 8, 64), 312e12  # FLOP/s of an A100, in bfloat16
+USED = 0.4  # share of them that training uses
+SIDE = 2048  # of a matrix whose product is timed
 SHOWN = 80  # characters of a text
 
 
@@ -128,9 +134,14 @@ def _placed(recipe: Recipe, root: Path) -> Recipe:
 def _check(recipe: Recipe, root: Path) -> None:
     """What would fail after hours is told at once."""
     curves.require()
+    if recipe.tokenizer.path is None:
+        tokenizer.train((), recipe.tokenizer)  # a size that is too small is refused before any text is read
+    with torch.device("meta"):
+        build(recipe.model, recipe.tokenizer.size, recipe.rows.length, recipe.seed)
     if recipe.instruct.data:
         instruct.settings_of(recipe, Path(recipe.output) / MODEL)
-        instruct.sources(recipe.instruct, root)
+        for where in instruct.sources(recipe.instruct, root).values():
+            next(load_records(where), None)
 
 
 def _run(recipe: Recipe, root: Path, output: Path, stages: Stages) -> Result:
@@ -353,24 +364,45 @@ def plan(recipe: Recipe, root: Path, say: Say) -> None:
     size = 0
     for part, sources in (("sources", recipe.sources), ("held_out", recipe.held_out)):
         for name, source in sources.items():
-            first = next(texts(name, source, root), None)
+            first = next((found for found in texts(name, source, root) if found.problem is None), None)
             if first is None:
-                raise DataError(f"{part}.{name}: {source.path} holds no text")
+                raise DataError(f"{part}.{name}: {source.path} holds no text that can be used")
             size += _size(source.path, root) if part == "sources" else 0
             say(f"{part}.{name}: {' '.join(first.text.split())[:SHOWN]!r}")
     vocabulary = recipe.tokenizer.size
     tokens, how = _tokens(recipe, size)
     say(f"training: {tokens / 1e6:,.1f}M tokens, {how}")
+    takes = estimate(recipe.model, vocabulary, recipe.rows.length, recipe.train)
+    flops = tokens * takes.flops_per_token
+    say(f"model: {takes.parameters:,} parameters, {takes.flops_per_token:.3g} FLOPs a token, {flops:.3g} in all")
+    rate = flops_per_second()
+    say(f"here: {_each(takes, tokens, rate)}, which this machine's products reach")
     for devices in DEVICES:
         takes = estimate(recipe.model, vocabulary, recipe.rows.length, recipe.train, devices=devices)
-        if devices == 1:
-            say(f"model: {takes.parameters:,} parameters, {takes.flops_per_token:.3g} FLOPs a token in training")
-            say(f"compute: {tokens * takes.flops_per_token:.3g} FLOPs")
-        days = takes.days(tokens, RATE, devices=devices)
-        say(
-            f"{devices} device{'s' if devices > 1 else ''}: {takes.memory / 1e9:.1f} GB each; "
-            f"{days:,.3g} days at 40 % of {RATE / 1e12:g} TFLOP/s each"
-        )
+        say(f"{devices} device{'s' * (devices > 1)}: {_each(takes, tokens, RATE, devices)}, as an A100 has")
+
+
+def _each(takes: Estimate, tokens: float, rate: float, devices: int = 1) -> str:
+    seconds = takes.days(tokens, rate, devices=devices, share=USED) * 86_400
+    return f"{takes.memory / 1e9:.1f} GB, {spelled(seconds)} at {100 * USED:.0f} % of {rate / 1e12:.3g} TFLOP/s"
+
+
+def spelled(seconds: float) -> str:
+    """`12 s`, `3 h`, `1.2 days` ..., in the largest unit of which there is one."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def flops_per_second() -> float:
+    """What one matrix product reaches here, in the dtype that training would use."""
+    dtype = torch.bfloat16 if bf16_units() else torch.float32
+    a = torch.ones(SIDE, SIDE, dtype=dtype)
+    a @ a
+    started = time.perf_counter()
+    a @ a
+    return 2 * SIDE**3 / (time.perf_counter() - started)
 
 
 def _tokens(recipe: Recipe, size: int) -> tuple[float, str]:

@@ -209,8 +209,9 @@ def recipe(values: Mapping[str, Any]) -> Recipe:
 
 def _put(nested: dict[str, Any], path: list[str], value: Any) -> None:
     for step in path[:-1]:
-        inner = nested.get(step)
-        nested = nested.setdefault(step, {}) if isinstance(inner, dict) or inner is None else nested
+        inner = nested.get(step) or {}
+        nested[step] = dict(inner) if isinstance(inner, Mapping) else {"path": inner}  # a source, said as its path
+        nested = nested[step]
     old = nested.get(path[-1])
     nested[path[-1]] = {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
 
