@@ -27,7 +27,12 @@ def reason(text: str, **settings: object) -> str | None:
     return judge(text, CleanSettings(**settings))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", [PROSE, PLAY, CHINESE, GERMAN])
+LIFE = "Manfred Aschner (Hebrew: מנפרד אשנר; 21 May 1901 - 1989) was an Israeli microbiologist and entomologist."
+TOKENS = "The song , released in 1994 , was a hit ; critics @-@ and the public - loved it . " + PROSE
+HINDI = "मेरा नाम राम है और मैं दिल्ली में रहता हूँ, जहाँ मेरे बहुत से मित्र हैं।"
+
+
+@pytest.mark.parametrize("text", [PROSE, PLAY, CHINESE, GERMAN, LIFE, TOKENS, HINDI])
 def test_running_text_stays(text: str) -> None:
     assert reason(text) is None
 
@@ -41,7 +46,7 @@ def test_running_text_stays(text: str) -> None:
         ("# of the #tag #tags for all #these #words", "symbols"),
         ("\n".join(f"- another entry, number {i}" for i in range(9)), "bullets"),
         ("\n".join(f"The story number {i} goes on and on from here..." for i in range(9)), "ellipses"),
-        ("1024 2048 4096 8192 16384 and 32768 65536", "few letters"),
+        ("1024 2048 4096 8192 16384 or 32768 65536", "few letters"),
         ("buy cheap watches " * 40, "repetition"),
     ],
 )

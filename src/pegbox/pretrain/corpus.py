@@ -24,12 +24,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from pegbox import __version__
 from pegbox.core.errors import DataError, SettingsError
 from pegbox.core.settings import build as settings_of
-from pegbox.data.duplicates import NearDuplicates
+from pegbox.data import duplicates, shingles
 from pegbox.data.identity import fingerprint
-from pegbox.pretrain import contamination, quality
+from pegbox.pretrain import clean as cleaning
+from pegbox.pretrain import contamination, quality, sources
 from pegbox.pretrain.clean import clean, too_short, without_repeated_paragraphs
 from pegbox.pretrain.settings import CleanSettings, DuplicateSettings, Recipe, SourceSettings
 from pegbox.pretrain.sources import Text, place, texts
@@ -59,9 +59,9 @@ class Corpus:
 def build(recipe: Recipe, root: Path, say: Say) -> Corpus:
     """Clean all sources, one after the other; memory is for hashes and signatures, never for all texts.
 
-    A source is done when its file and its entry in the report are there and were made from the same settings, files
-    and earlier sources; a broken-off run goes on with the first that is not. What is not a file here (a hub id, an
-    entry of a registry) is taken to be the same under the same name.
+    A source is done when its file and its entry in the report are there and were made from the same settings, files,
+    rules and earlier sources; a broken-off run goes on with the first that is not. What is not a file here (a hub id,
+    an entry of a registry) is taken to be the same under the same name.
 
     Args:
         root: the folder that relative paths start from.
@@ -75,7 +75,7 @@ def build(recipe: Recipe, root: Path, say: Say) -> Corpus:
     held_out = [_Job(name, source, recipe.clean, root, folder / "held_out") for name, source in recipe.held_out.items()]
     sources = [_Job(name, source, recipe.clean, root, folder) for name, source in recipe.sources.items()]
     _check(sources, held_out)
-    ledger, made_from = _Ledger(folder / "report.json"), _mark(__version__, asdict(recipe.duplicates))
+    ledger, made_from = _Ledger(folder / "report.json"), _mark(_code(), asdict(recipe.duplicates))
     for job in held_out:
         made_from = job.mark(made_from)
         ledger.settle("held_out", job, made_from, _write_all, say)
@@ -143,6 +143,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _code() -> list[str]:
+    """The rules themselves: what other ones made is made anew."""
+    rules = (sources, cleaning, quality, contamination, duplicates, shingles)
+    return [_sha256(Path(module.__file__)) for module in rules if module.__file__]
+
+
 def _mark(*facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -160,8 +166,8 @@ class _Seen:
     exact: set[int] = field(default_factory=set)
 
     @cached_property
-    def near(self) -> NearDuplicates | None:
-        return None if self.settings.near is None else NearDuplicates(self.settings.near, counted=False)
+    def near(self) -> duplicates.NearDuplicates | None:
+        return None if self.settings.near is None else duplicates.NearDuplicates(self.settings.near, counted=False)
 
     @cached_property
     def held_out(self) -> contamination.HeldOut | None:

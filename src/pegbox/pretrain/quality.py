@@ -9,7 +9,8 @@ departs:
 - bullets and ellipses: not looked for in texts of fewer than five lines;
 - braces: C4 drops a page with one, here more than one in 200 characters do it, as editors set notes in braces;
 - length: `least` and `most` say it, in characters, instead of 50 to 100 000 words; of fewer than 100, neither
-  repetition nor common words are asked for;
+  repetition, common words nor words without a letter are looked for;
+- letters: marks set apart by spaces are no words (80 % of the words have a letter), and 60 % of all signs are letters;
 - scripts without spaces, and Hangul, have no rule of word length; the rule of English words is for English alone.
 
 Languages are told apart by py3langid, after Lui and Baldwin, "langid.py", 2012.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,10 +38,12 @@ from pegbox.pretrain.settings import CleanSettings
 Lengths = NDArray[np.int64]
 
 COMMON = {"the", "be", "to", "of", "and", "that", "have", "with"}  # two of them are in any English text
+LETTERS = re.compile(f"[{UNSPACED}]")
 SOLID = re.compile(f"[{UNSPACED}\uac00-\ud7af]")  # scripts whose words are short or not told apart
 LOOKED = 2000  # characters of the middle of a text that its language is told from
 LEAST_LINES = 5  # of fewer, no share says anything
 LEAST_WORDS = 100  # fewer may well say a phrase twice (verse does), or do without the common words
+LETTERS_A_WORD = 2  # of scripts without spaces; a run of words is one of so many letters
 LINE_WORDS = 4  # shorter lines are not counted as repeated
 
 # Runs of words -> the share of all characters that the most frequent run, or repeated runs, may make up.
@@ -90,6 +94,11 @@ class Page:
         return [line.strip() for line in self.text.splitlines() if line.strip()]
 
     @cached_property
+    def unspaced(self) -> bool:
+        """Mostly in a script without spaces, of which every letter counts as a word."""
+        return len(LETTERS.findall(self.text)) > 0.2 * len(self.text)
+
+    @cached_property
     def solid(self) -> bool:
         """Mostly in a script that has no rule of word length."""
         return len(SOLID.findall(self.text)) > 0.2 * len(self.text)
@@ -99,9 +108,6 @@ class Page:
         """Share of lines that occurred before, of those of four words and more."""
         lines = [line for line in map(normalised, self.lines) if len(words_of(line)) >= LINE_WORDS]
         return 1 - len(set(lines)) / len(lines) if lines else 0.0
-
-    def share_of_words(self, test: Callable[[str], bool]) -> float:
-        return sum(map(test, self.words)) / max(len(self.words), 1)
 
     def share_of_lines(self, test: Callable[[str], bool]) -> float:
         """0 of a text of few lines: a page of a book is often a paragraph or two."""
@@ -123,10 +129,11 @@ def _symbols(page: Page) -> bool:
 
 
 def _few_letters(page: Page) -> bool:
-    if page.solid:
-        signs = "".join(page.words)
-        return sum(map(str.isalpha, signs)) < 0.6 * len(signs)
-    return page.share_of_words(lambda word: any(map(str.isalpha, word))) < 0.8
+    signs = "".join(page.words)
+    if sum(sign.isalpha() or unicodedata.category(sign)[0] == "M" for sign in signs) < 0.6 * len(signs):
+        return True
+    words = page.all_words
+    return len(words) >= LEAST_WORDS and sum(any(map(str.isalpha, word)) for word in words) < 0.8 * len(words)
 
 
 def _repetition(page: Page) -> bool:
@@ -134,9 +141,9 @@ def _repetition(page: Page) -> bool:
     if len(words) < LEAST_WORDS:
         return False
     hashes, lengths = hashed(words), np.fromiter(map(len, words), dtype=np.int64, count=len(words))
-    total = max(int(lengths.sum()), 1)
-    return any(_most_frequent(hashes, lengths, n) > most * total for n, most in MOST_FREQUENT.items()) or any(
-        _repeated(hashes, lengths, n) > most * total for n, most in REPEATED.items()
+    total, letters = int(lengths.sum()), LETTERS_A_WORD if page.unspaced else 1
+    return any(_most_frequent(hashes, lengths, letters * n) > most * total for n, most in MOST_FREQUENT.items()) or any(
+        _repeated(hashes, lengths, letters * n) > most * total for n, most in REPEATED.items()
     )
 
 
