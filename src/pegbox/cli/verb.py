@@ -190,7 +190,7 @@ def _part(cls: type, name: str) -> tuple[str, type] | None:
     if dataclasses.is_dataclass(hint):
         return name, typing.cast(type, hint)
     inner = typing.get_args(hint)[-1:]
-    return (f"{name}.NAME", inner[0]) if inner and dataclasses.is_dataclass(inner[0]) else None
+    return (f"{name}.NAME", typing.cast(type, inner[0])) if inner and dataclasses.is_dataclass(inner[0]) else None
 
 
 def _default(value: Any) -> str:

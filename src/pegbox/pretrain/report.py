@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NAME, PICTURE = "report.md", "curves.png"
 LONGEST = 80  # tokens of a continuation
-DRAWN = {"temperature": 0.8, "top_p": 0.95}
+DRAWN: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
 READ_FIRST = 64 << 20  # bytes of training text that compressors read; xz looks no further back
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from pegbox.core.errors import SettingsError
 from pegbox.train.prepare import is_main
-
-if TYPE_CHECKING:
-    from torch.distributed import PrefixStore
 
 FOREVER = timedelta(days=365)
 
@@ -43,8 +41,6 @@ def alone(name: str, work: Callable[[], object]) -> None:
 
 
 def _store() -> PrefixStore:
-    from torch.distributed import PrefixStore, TCPStore
-
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise SettingsError("several processes have to be started by torchrun or accelerate launch")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
