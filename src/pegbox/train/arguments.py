@@ -38,6 +38,7 @@ def arguments(settings: RunSettings, objective: Objective, *, evaluates: bool) -
         "label_smoothing_factor": settings.label_smoothing,
         "torch_compile": settings.compile,
         "logging_steps": settings.logging_steps,
+        "use_cpu": not torch.accelerator.is_available(),  # else processes of torchrun would train each on its own
         "report_to": _names(settings.report_to),
         "seed": settings.seed,
         "save_total_limit": settings.keep,
