@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 
 def in_two_processes(script: str, output: Path) -> dict[str, Any]:
-    """Run `script OUTPUT` under torchrun; what it left in `found.json`."""
+    """Run `script OUTPUT`, a path from this folder, under torchrun; what it left in `found.json`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(Path(__file__).with_name(script)), str(output)]
+    command = [*launch, str(Path(__file__).parent / script), str(output)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )

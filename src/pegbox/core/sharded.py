@@ -26,5 +26,14 @@ def copy_whole(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
+def own_part(value: Tensor) -> Tensor:
+    """The tensor itself, or the part of a sharded one that this process holds; it shares memory."""
+    if not _may_be_sharded():
+        return value
+    from torch.distributed.tensor import DTensor
+
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def _may_be_sharded() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()

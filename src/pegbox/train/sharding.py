@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
     from transformers import TrainingArguments
 
 
@@ -21,3 +22,12 @@ def shard_on_cpu(accelerator: Accelerator, args: TrainingArguments) -> None:
     if accelerator.state.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+
+
+def reshard(model: nn.Module) -> None:
+    """Spread the parameters again that a forward without a backward has left whole; checkpoints know the parts."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
