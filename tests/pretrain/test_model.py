@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from pegbox import objectives
 from pegbox.core.errors import SettingsError
 from pegbox.pretrain.model import build, estimate, parameters, shrink_gradient
-from pegbox.pretrain.settings import ModelSettings, TrainSettings
+from pegbox.pretrain.settings import ModelSettings, TrainSettings, recipe
+from pegbox.recipes.shipped import recipes
 
 SMALL: dict[str, Any] = {"hidden": 32, "layers": 3, "heads": 4, "kv_heads": 2, "mlp": 48}
-GEB = ModelSettings(hidden=2048, layers=24, heads=16, kv_heads=4, mlp=5632, tied=False)
+RECIPE = recipe(yaml.safe_load(recipes()["geb_1b3.yaml"].read_text()))
+GEB = RECIPE.model
 
 
 def ids(rows: int = 2, length: int = 40, seed: int = 0) -> Tensor:
@@ -124,7 +127,8 @@ def test_activations_are_those_that_autograd_keeps(tied: bool) -> None:
 
 
 def test_geb_takes_what_its_card_says() -> None:
-    training = TrainSettings(batch=1, shard=True)
+    training = RECIPE.train
+    assert training.steps * training.batch * training.accumulate * RECIPE.rows.length == pytest.approx(550e9, rel=1e-5)
     one, eight, many = (estimate(GEB, 64_896, 4096, training, devices=n) for n in (1, 8, 64))
     assert one.weights == 8 * eight.weights == 64 * many.weights == 4 * parameters(GEB, 64_896)
     assert one.flops_per_token == pytest.approx(6 * 1.215e9 + 6 * 24 * 2048 * 4096, rel=1e-3)

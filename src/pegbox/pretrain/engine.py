@@ -402,7 +402,7 @@ class Engine(Trainer):
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
     """What a resumed run must have in common with this one, by the names of the recipe."""
-    found = {}
+    found: dict[str, Any] = {}
     for part in ("model", "rows", "train", "guard"):
         values = dataclasses.asdict(getattr(recipe, part))
         found |= {f"{part}.{key}": value for key, value in values.items() if key not in UNBOUND}

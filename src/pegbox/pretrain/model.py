@@ -56,10 +56,10 @@ def build(settings: ModelSettings, vocabulary: int, length: int, seed: int) -> L
         rope_parameters={"rope_type": "default", "rope_theta": settings.theta},
         tie_word_embeddings=settings.tied,
         initializer_range=DEVIATION,
-        attn_implementation=_attention(settings.attention),
         bos_token_id=None,
         eos_token_id=None,
     )
+    config._attn_implementation = _attention(settings.attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
@@ -229,8 +229,8 @@ def shrink_gradient(model: nn.Module, share: float) -> RemovableHandle:
 
     The forward is unchanged, bit for bit.  Of weights tied to the head only the path from the input is shrunk.
     """
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    return embedding.register_forward_hook(lambda module, inputs, output: _Shrunk.apply(output, share))
+    embedded: Any = model.get_input_embeddings  # of transformers' models
+    return embedded().register_forward_hook(lambda module, inputs, output: _Shrunk.apply(output, share))
 
 
 class _Shrunk(torch.autograd.Function):
@@ -240,5 +240,5 @@ class _Shrunk(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.share, None
