@@ -52,6 +52,7 @@ def test_reasons() -> None:
     assert reason("A badge.", words=("bad", "")) is None
     assert reason("这是坏东西", words=("坏",)) == "words"
     assert reason("short", least=6) == "short"
+    assert reason("<b " * 200 + ">" * 200) == "nested markup"
     assert reason(" \n") == "empty"
 
 

@@ -17,6 +17,8 @@ from pegbox.data.identity import normalised
 from pegbox.data.shingles import UNSPACED
 from pegbox.pretrain.settings import CleanSettings
 
+ROUNDS = 16  # a text that is still not clean has tags in tags in tags, and was made to hold up whoever cleans it
+
 
 @dataclass(frozen=True)
 class Cleaned:
@@ -29,11 +31,12 @@ class Cleaned:
 def clean(text: str, settings: CleanSettings) -> Cleaned:
     """A text without what does not belong to it. Cleaning what is clean changes nothing: steps are repeated for as
     long as one makes work for an earlier one."""
-    while True:
+    for _ in range(ROUNDS):
         cleaned = _once(text, settings)
         if cleaned.text is None or cleaned.text == text:
             return cleaned
         text = cleaned.text
+    return Cleaned(None, "nested markup")
 
 
 def too_short(text: str, settings: CleanSettings) -> str | None:
@@ -115,7 +118,7 @@ def without_markup(text: str) -> str:
     """Text as a browser would show it: scripts, styles, comments and tags gone, blocks on lines of their own."""
     for opening, closing in HIDDEN:
         text = _without_spans(text, opening, closing)
-    while TAG.search(text):  # a tag within a tag
+    if TAG.search(text):
         text = ENTITY.sub(_character, TAG.sub(_gap, text))
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(map(str.rstrip, text.split("\n"))))
     return text
