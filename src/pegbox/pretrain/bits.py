@@ -7,6 +7,7 @@ Perplexity compares models of one tokenizer; this compares any two, and either w
 
 from __future__ import annotations
 
+import functools
 import lzma
 import math
 from collections.abc import Iterable, Iterator
@@ -104,7 +105,7 @@ def compressed(train: bytes, text: bytes, how: Literal["xz", "ppmd"]) -> float:
     if not text:
         raise DataError("no byte to compress: the text is empty")
     size = _xz if how == "xz" else _ppmd
-    return 8 * (size(train + text) - size(train)) / len(text)
+    return 8 * (size(train + text) - _alone(train, how)) / len(text)
 
 
 def _windows(ids: list[int], start: int, length: int, context: int) -> Iterator[Window]:
@@ -127,6 +128,11 @@ def _nats(model: nn.Module, windows: list[Window]) -> float:
     first, end = torch.tensor([[before, len(ids)] for ids, before in windows], device=device).T[..., None]
     labels = inputs.masked_fill((at < first) | (at >= end), IGNORED)
     return float(predict(model, {"input_ids": inputs, "labels": labels})["nll"].sum())
+
+
+@functools.lru_cache(maxsize=2)  # one training text is read before several others
+def _alone(train: bytes, how: str) -> int:
+    return _xz(train) if how == "xz" else _ppmd(train)
 
 
 def _xz(data: bytes) -> int:

@@ -301,6 +301,7 @@ def _report(recipe: Recipe, data: Data, base: Path, folder: Path | None, stages:
     files = (*data.corpus.files.values(), *data.corpus.held_out.values())
     made_from = mark(files=[tokenizer.file_hash(path) for path in files])
     if not stages.done("compressors", made_from):
+        _say("report: xz and PPMd read the texts")
         stages.end("compressors", made_from, bits=report.against_compressors(data.corpus))
     model = load(os.fspath(base), "causal_lm").model
     trained = stages.facts["train"]
