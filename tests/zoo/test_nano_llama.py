@@ -41,7 +41,7 @@ def test_instructions_are_short_and_the_same_every_time(tmp_path: Path) -> None:
     rows = 0
     for file in files:
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
-        for turns in (json.loads(line)["messages"] for line in file.read_text().splitlines()):
+        for turns in (json.loads(line)["messages"] for line in file.read_text().rstrip("\n").split("\n")):
             assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
             assert all(turn["content"].strip() for turn in turns)
             assert sum(len(turn["content"]) for turn in turns) <= instruct_data.LONGEST
