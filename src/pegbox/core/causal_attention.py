@@ -13,14 +13,70 @@ bfloat16 (2 cores with AVX512-BF16, B 16, H 4, T 512, D 64).
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pegbox.core.cpu import multiplies_bf16
 
 BLOCK = 64  # queries; larger blocks waste more of the diagonal and leave the cache earlier
 CACHE = 1 << 20  # bytes of scores at once, a thread: about its second-level cache
+
+
+def in_blocks(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, where the model trains in bfloat16 on a CPU, its causal attention of whole rows is that of this file.
+
+    It is the model's own call of PyTorch's attention that is answered so.  Nothing changes for one that recomputes its
+    blocks in the backward pass, which must then find the same operations, nor where it is not known whether it does.
+    """
+    if _recomputes(model) or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not multiplies_bf16():
+        return contextlib.nullcontext()
+    first = next(model.parameters(), None)
+    if first is None or first.device.type != "cpu":
+        return contextlib.nullcontext()
+    cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if cast else first.dtype
+    return _InBlocks() if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+
+def _recomputes(model: nn.Module) -> bool:
+    """Whether blocks may run again in the backward pass; so it is said of a model that does not tell."""
+    flags = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers' name from 5.2 on, and before
+    return bool(next((getattr(model, flag) for flag in flags if hasattr(type(model), flag)), True))
+
+
+class _InBlocks(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and _is_plain(*args, **kwargs):
+            return _answered(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> bool:
+    whole = query.ndim == 4 and query.shape[-2] == key.shape[-2] and query.shape[-1] == value.shape[-1]
+    return whole and is_causal and attn_mask is None and not dropout_p and query.device.type == "cpu"
+
+
+def _answered(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
+    return causal_attention(query, key, value, scale).transpose(1, 2)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:

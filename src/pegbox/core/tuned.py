@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pegbox.core import adapter as adapters_
 from pegbox.core import storage
 from pegbox.core.adapter import Adapter, SiteAt, State, check_fit
+from pegbox.core.causal_attention import in_blocks
 from pegbox.core.compose import Plan, Stack, Sum, as_plan, chain
 from pegbox.core.context import Context
 from pegbox.core.errors import CannotDisable, CannotMerge, CannotMix, MethodError, SettingsError, did_you_mean
@@ -191,9 +192,10 @@ class Tuned(nn.Module):
         """
         if labels is not None:
             kwargs["labels"] = labels
-        if self._watched or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self.model(*args, **kwargs)
-        with bypasses_refused(self._sites, self.context):
+        watch = contextlib.nullcontext() if self._watched else bypasses_refused(self._sites, self.context)
+        with watch, in_blocks(self.model):
             out = self.model(*args, **kwargs)
         self._watched = True
         return out
