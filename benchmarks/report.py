@@ -95,6 +95,7 @@ def _machines(results: Mapping[str, Any]) -> str:
 
 
 WITHOUT_UNITS = """\
-Where AMX is absent, x86 processors multiply bfloat16 slower than float32. Pegbox's low-rank kernel and its head widen
-such products to float32 there, a block at a time; PEFT's go through bfloat16. A processor with AMX has no such effect:
-there the gain comes from keeping the factors' products in bfloat16, from fewer copies and from the chunked head."""
+Where a processor multiplies bfloat16 slower than float32, as Intel's without AMX do, Pegbox's low-rank kernel and its
+head widen such products to float32, a block at a time; PEFT's go through bfloat16. Where bfloat16 is fast, the gain
+comes from keeping the factors' products in bfloat16, from fewer copies, from the chunked head, and from attention in
+blocks: PyTorch's own on a CPU makes the products of its backward pass in float32."""
