@@ -230,8 +230,8 @@ S2FT = (
 LISA = (
     "LISA beside Pegbox's own full tuning, in float32 as both train the base's tensors. Embedding, last norm and head "
     "always train, so autograd runs through every block; the ten that rest make no weight gradients and no updates. Of "
-    "the matrix products of a full step that leaves 0.79, as the head's three are a quarter of them here; AdamW's update "
-    "of what rests, which is not made either, is the rest of the difference."
+    "the matrix products of a full step that leaves 0.79, as the head's three are a quarter of them here; the rest of "
+    "the difference is AdamW's update of what rests, which is not made either."
 )
 BITFIT = (
     "PEFT's nearest to BitFit is BEFT, which adds a trained vector to the output of each linear: the same function "
