@@ -41,8 +41,8 @@ def contrastive(
     """
     z = _logits(model(**model_inputs(model, batch)))  # (B, B)
     own = torch.arange(len(z), device=z.device)
-    total = sum(F.cross_entropy(t, own, label_smoothing=label_smoothing, reduction="sum") for t in (z, z.T)) / 2
-    return {"ce": total / (count(batch) if num_items is None else num_items)}
+    total = torch.stack([F.cross_entropy(t, own, label_smoothing=label_smoothing, reduction="sum") for t in (z, z.T)])
+    return {"ce": total.mean() / (count(batch) if num_items is None else num_items)}
 
 
 def count(batch: Batch, **_: Any) -> Tensor:
