@@ -66,9 +66,10 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]]) -> None:
-    """Losses and gradients, to 1e-5."""
+    """Losses and gradients, to 1e-5; of gradients that are large, as IPO's are, to 1e-5 of the largest."""
     torch.testing.assert_close(ours[0].float(), theirs[0].float(), rtol=1e-5, atol=1e-5)
     assert ours[1].keys() == theirs[1].keys()
-    assert any(g.abs().max() > 1e-3 for g in theirs[1].values())
+    largest = max(g.abs().max().item() for g in theirs[1].values())
+    assert largest > 1e-3
     for name, gradient in theirs[1].items():
-        torch.testing.assert_close(ours[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(ours[1][name], gradient, rtol=1e-4, atol=1e-5 * max(1.0, largest), msg=name)
