@@ -18,6 +18,7 @@ from pegbox.catalogue import describe
 
 DOCS = Path(__file__).parent
 EFFECTS = DOCS / "results" / "effects.json"
+PEFT_CHECKS = DOCS / "results" / "peft_checks.json"
 BEGIN, END = "<!-- generated from the code: do not edit below -->", "<!-- end of the generated part -->"
 
 
@@ -160,19 +161,37 @@ def peft_page(old: str) -> str:
         cells = (f"`{entry['name']}`", entry["targets"], start, entry["merge"], entry["per_row"], needs, own)
         lines.append("| " + " | ".join(cells) + " |")
     missing = [f"- `{e['name']}`: {e['refused']}." for e in entries if e["refused"]]
-    odd = [f"- `{e['name']}` on {kind}: {why}." for e in entries for kind, why in e["not_on"].items()]
-    odd += [f"- `{e['name']}`, `{check}`: {why}." for e in entries for check, why in e["xfail"].items()]
+    odd = [f"- `{e['name']}`, `{check}`: {why}." for e in entries for check, why in e["xfail"].items()]
     parts = [
         old.partition(BEGIN)[0].rstrip(),
         BEGIN,
         "\n".join(lines),
         "## Not reached",
         "\n".join(missing),
+        "## What the conformance suite says",
+        *peft_checks(),
         "## What PEFT's code does not do",
         "\n".join(odd),
         END,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def peft_checks() -> list[str]:
+    """What `make peft` recorded: checks of every tuner by their outcome, and where PEFT refuses it."""
+    record = json.loads(PEFT_CHECKS.read_text())
+    outcomes = ("pass", "not applicable", "expected failure", "fail", "unexpected pass")
+    shown = [o for o in outcomes if o in outcomes[:3] or any(o in t["counts"] for t in record["tuners"].values())]
+    lines = [
+        "| method | " + " | ".join(shown) + " | refused by PEFT on |",
+        "| --- |" + " ---: |" * len(shown) + " --- |",
+    ]
+    for name, tuner in record["tuners"].items():
+        counts = " | ".join(str(tuner["counts"].get(outcome, 0)) for outcome in shown)
+        lines.append(f"| `{name}` | {counts} | {', '.join(tuner['refused']) or '-'} |")
+    told = f"Every tuner on every family of models of the suite, by `{record['command']}`, with PEFT {record['peft']}."
+    bad = [f"- `{n}`, `{check}`: {why}" for n, t in record["tuners"].items() for check, why in t["bad"].items()]
+    return [told, "\n".join(lines), *(["Not as declared:", "\n".join(bad)] if bad else [])]
 
 
 def sites_page() -> str:

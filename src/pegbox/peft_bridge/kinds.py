@@ -78,7 +78,7 @@ FACTS: dict[str, Facts] = {
         "unmerge_restores_bits[conv]": GROUPED,
     }),
     "oft": Facts(kinds="matrices", small={"oft_block_size": 2}),
-    "c3a": Facts(identity=False),
+    "c3a": Facts(identity=False, small={"block_size": 2}),
     "fourierft": Facts(identity=False, small={"n_frequency": 20}),
     "glora": Facts(of_class=True, xfail={
         "merged_equals_forward_in_bf16": "PEFT's layer adds its output to the base's and takes the base's off again, "
@@ -113,6 +113,7 @@ FACTS: dict[str, Facts] = {
         "training_lowers_the_loss[mlp]": DRAWS,
         "training_lowers_the_loss[conv]": DRAWS,
     }),
+    "road": Facts(small={"group_size": 2}),
     "supertuning": Facts(small={"sparsity": 0.9}),
     "tinylora": Facts(xfail={"other_seed_other_bits": OWN_SEED}),
     "unilora": Facts(identity=False, small={"theta_d_length": 4000}),
@@ -165,7 +166,7 @@ FACTS: dict[str, Facts] = {
     "prompt_tuning": Facts("prompt", "embed", "matrices", identity=False, merges=False, needs=("token ids",),
                            defaults={"num_virtual_tokens": 20}, small={"num_virtual_tokens": 3}),
     "trainable_tokens": Facts(targets="embed", kinds="lookups", needs=("lookups",), tied=True,
-                              defaults={"token_indices": (0, 1)}, small={"token_indices": tuple(range(2, 40))},
+                              defaults={"token_indices": (0, 1)}, small={"token_indices": tuple(range(10))},
                               xfail={"a_stack_runs_all": "the outer one's rows stand in the place of the inner one's"}),
 }  # fmt: skip
 
