@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.guards import GuardBuilder
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -454,6 +456,27 @@ def test_compiled_model_is_one_graph(make: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch, while it compiles
+def test_a_model_collected_while_another_compiles_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [llama(num_hidden_layers=1) for _ in range(6)]
+    for model in (*others, tuned := pegbox.tune(llama(num_hidden_layers=1), "lora")):
+        logit_rule(model, batch()[0])
+    guarded = GuardBuilder.TYPE_MATCH
+
+    def collected(self: GuardBuilder, guard: Any) -> Any:
+        others.clear()
+        gc.collect()
+        return guarded(self, guard)
+
+    monkeypatch.setattr(GuardBuilder, "TYPE_MATCH", collected)
+    inputs, labels = batch()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(ids: Tensor, y: Tensor) -> Tensor:
+        return through_head(tuned, {"input_ids": ids}, 12, lambda head, x: head.cross_entropy(x, y))[0]
+
+    assert step(inputs["input_ids"], labels).isfinite()
+
+
 def test_compiled_step_is_one_graph() -> None:
     tuned = pegbox.tune(llama(num_hidden_layers=1), "lora")
     inputs, labels = batch()

@@ -238,12 +238,23 @@ def logit_rule(model: nn.Module, inputs: Mapping[str, Any]) -> LogitRule | None:
     The proof is no part of a compiled graph: where a whole training step is compiled in one, call this once before.
     """
     base = unwrap(model)
-    if base not in _proven:
+    if not _is_proven(base):
         found = find_head(base)
         result = "it has no output embeddings" if found is None else _prove(_callable(model), found[0], inputs)
         if isinstance(result, str):
             log.warning("%s is trained from full logits, which takes more memory: %s", type(base).__name__, result)
         _proven[base] = None if isinstance(result, str) else result
+    return _rule(base)
+
+
+# Constants of a compiled graph: guards on the dictionary itself would break when another model in it is collected.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_proven(base: nn.Module) -> bool:
+    return base in _proven
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _rule(base: nn.Module) -> LogitRule | None:
     return _proven[base]
 
 
