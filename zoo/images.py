@@ -74,16 +74,17 @@ def mnist(split: str) -> list[Picture]:
     return _idx("mnist10k", split, tuple("0123456789"))
 
 
-def emoji(*, held_out: bool) -> list[Picture]:
-    """Icons 64 x 64 on white; labels are the groups of Unicode.
+def emoji(*, held_out: bool, label: str = "group") -> list[Picture]:
+    """Icons 64 x 64 on white; labels are the groups of Unicode, or the names of the icons.
 
     Args:
         held_out: those whose caption `is_held_out`, or the others
+        label: `group` or `caption`
     """
     rows = [json.loads(line) for line in _file("emoji_captions/captions.jsonl").read_text().splitlines()]
     chosen = [row for row in rows if is_held_out(row["caption"]) == held_out]
     with zipfile.ZipFile(_file("emoji_captions/images.zip")) as files:
-        return [Picture(_opened(files.read(row["file"])), row["group"]) for row in chosen]
+        return [Picture(_opened(files.read(row["file"])), row[label]) for row in chosen]
 
 
 def cifar(split: str) -> list[Picture]:

@@ -99,9 +99,17 @@ def load(name: str, **options: Any) -> nn.Module:
     place = folder(name)
     config = json.loads((place / CONFIG).read_text())
     library, cls = ("diffusers", config["_class_name"]) if "_class_name" in config else _transformers_class(config)
-    given = {"torch_dtype" if library == "diffusers" and key == "dtype" else key: v for key, v in options.items()}
-    model: nn.Module = getattr(_imported(library, name), cls).from_pretrained(place, **given)
+    if library == "diffusers":
+        options = _of_diffusers(options)
+    model: nn.Module = getattr(_imported(library, name), cls).from_pretrained(place, **options)
     return model.eval()
+
+
+def _of_diffusers(options: dict[str, Any]) -> dict[str, Any]:
+    """The same by its names; it would load in float32 if nothing were said."""
+    import torch
+
+    return {"torch_dtype": torch.bfloat16} | {"torch_dtype" if k == "dtype" else k: v for k, v in options.items()}
 
 
 def _transformers_class(config: dict[str, Any]) -> tuple[str, str]:
