@@ -16,7 +16,7 @@ from zoo import unet, vit
 
 pytestmark = pytest.mark.skipif(
     not {"nano-vit", "nano-unet"} <= set(zoo.names()),
-    reason="nano-vit and nano-unet do not ship yet: make them by zoo/",
+    reason="nano-vit and nano-unet do not ship yet; zoo/ makes them",
 )
 GARMENTS = ("Trouser", "Bag", "Ankle boot", "Dress")
 
