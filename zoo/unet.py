@@ -39,7 +39,7 @@ SEED = 0
 STEPS, ROWS, RATE = 3000, 32, 1e-3
 AVERAGE = 0.998  # decay of the averaged weights, smaller at the beginning
 DROPPED = 0.1  # share of labels
-OBJECTIVE = {"prediction": "v_prediction"}  # unweighted: min-SNR weights learn grounds and outlines late
+OBJECTIVE = {"prediction": "v_prediction"}
 GUIDANCE, SAMPLING = 2.0, 50  # of samples: strength, steps
 
 DRAWS, MOST, SHOWN = 3, 20, 6  # seeds that are measured; pictures of a class in each; and on the sheet
@@ -394,8 +394,8 @@ Points that nano-vit puts into their class, among those of their kind:
 
 ## Limits
 
-Garments and glyphs are drawn well enough to be told apart; icons have the colours and outlines of icons and seldom mean
-anything. Nothing larger than 32 x 32, no text conditions. Fit for tests, examples and comparing methods.
+Icons come by group, not by name, from 378 of them. Nothing larger than 32 x 32, no text conditions. Fit for tests,
+examples and comparing methods.
 """
 
 

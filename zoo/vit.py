@@ -375,7 +375,7 @@ Of its own head, on held-out rows of sets that it was trained on:
 
 ## Limits
 
-Its world is small: strokes, clothes on black, and flat icons. On photographs it is little better than random features.
+Its world is small: strokes, clothes on black, and flat icons.
 Its head knows no class "something else". Fit for tests, examples and comparing methods; not for use on people's images.
 """
 
