@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench effects mutants peft docs setup clean
+.PHONY: demo test lint bench effects mutants peft zoo docs setup clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,9 @@ mutants: $(STAMP)  ## plant one defect per conformance check and see it caught
 
 peft: $(STAMP)  ## the conformance suite over every tuner of the installed HF PEFT (about half an hour)
 	$(BIN)/python -m tests.peft_bridge
+
+zoo: $(STAMP)  ## train the models that ship, from the data sets beside the checkout (about three hours; goes on where it stopped)
+	$(BIN)/python -m zoo
 
 docs: $(STAMP)  ## the documentation site, in site/
 	$(BIN)/python docs/generate.py

@@ -83,14 +83,14 @@ def glaive(data: Path, draw: random.Random) -> Iterator[list[Row]]:
         yield _until(turns, lambda part: all(turn["role"] != "tool" for turn in part))
 
 
-def gsm8k(data: Path, draw: random.Random) -> Iterator[list[Row]]:
-    for row in _rows(data / "gsm8k/train.jsonl.gz"):
+def gsm8k(data: Path, draw: random.Random, split: str = "train") -> Iterator[list[Row]]:
+    for row in _rows(data / f"gsm8k/{split}.jsonl.gz"):
         steps, _, result = re.sub(r"<<[^>]*>>", "", row["answer"]).partition("\n#### ")
         yield _asked(row["question"], f"{steps}\nThe answer is {result.strip()}.")
 
 
-def clinc150(data: Path, draw: random.Random) -> Iterator[list[Row]]:
-    rows = [(row["text"], row["label"]) for row in _rows(data / "clinc150/train.jsonl.gz")]
+def clinc150(data: Path, draw: random.Random, split: str = "train") -> Iterator[list[Row]]:
+    rows = [(row["text"], row["label"]) for row in _rows(data / f"clinc150/{split}.jsonl.gz")]
     names = sorted({label for _, label in rows} - {"oos"})
     for text, label in draw.sample(rows, 4500):
         yield _choice(draw, INTENT, text, NONE if label == "oos" else label, names)

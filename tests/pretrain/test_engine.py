@@ -45,6 +45,16 @@ def test_it_learns_by_the_schedule_and_says_how_well(tmp_path: Path) -> None:
     assert (again.steps, again.tokens_per_second) == (40, 0)
 
 
+def test_what_is_kept_in_bfloat16_is_what_was_measured(tmp_path: Path) -> None:
+    plain = run(settings(tmp_path), Counting())
+    rounded = run(settings(tmp_path, **{"train.saved": "bfloat16"}), Counting())
+    for name, value in rounded.model.state_dict().items():
+        assert value.equal(plain.model.state_dict()[name].bfloat16().float()), name
+    assert rounded.steps == plain.steps, "the same checkpoint serves both"
+    assert rounded.bits != plain.bits
+    assert rounded.bits == pytest.approx(plain.bits, rel=0.01)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

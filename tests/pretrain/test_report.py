@@ -73,7 +73,15 @@ def test_it_tells_what_was_measured(tmp_path: Path) -> None:
     assert "| 2 | - | loss nan \\| norm | rejected |" in text
     assert "pegbox pretrain tiny.yaml" in text
     assert "| torch | 2.13 |" in text
+    assert "all of them" not in text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_held_out_texts_are_also_one() -> None:
+    sizes = {"a": {"bytes_kept": 3000}, "b": {"bytes_kept": 1000}}
+    found: Any = {"a": {"xz": 2.0, "ppmd": None}, "b": {"xz": 4.0, "ppmd": 2.0}}
+    text = report.bits_section(story(held_out=sizes, bits={"a": 1.0, "b": 2.0}, compressed=found))
+    assert "| all of them | 1.250 | 2.500 | - | 4,000 |" in text
 
 
 def test_instructions_and_continuations_where_there_are_some(tmp_path: Path) -> None:
@@ -94,6 +102,8 @@ def test_the_cards_say_whose_the_texts_are_and_what_was_dropped() -> None:
     assert "`sources.code.clean.quality`" in data
     card = cards.model_card(story())
     assert card.startswith("---\nlibrary_name: transformers\n")
+    licensed = dataclasses.replace(story().recipe, licence="mit")
+    assert cards.model_card(story(recipe=licensed)).startswith("---\nlicense: mit\n")
     assert "| `model.hidden` | `256` |" in card
 
 

@@ -57,6 +57,15 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert ours["rates"] == theirs["rates"]
 
 
+def test_a_finished_run_takes_no_step_more(base: Path, tmp_path: Path) -> None:
+    """The loop of transformers takes one before it looks at the count."""
+    train(run_settings(settings(base, tmp_path)))
+    before = outcome(tmp_path)
+    train(run_settings(settings(base, tmp_path, resume="auto")))
+    assert_same(outcome(tmp_path), before)
+    assert not (tmp_path / "checkpoint-9").exists()
+
+
 def test_killed_at_any_step_a_run_resumes_to_the_same_bits(base: Path, tmp_path: Path) -> None:
     """With dropout, accumulated gradients, shuffled rows, packed and loose, and several epochs."""
     kills = {"loose": [["step", 4], ["saving", 6]], "packed": [["step", 1], ["step", 7]]}

@@ -21,11 +21,10 @@ def write(story: Story, folder: Path) -> None:
 
 def model_card(story: Story) -> str:
     """Front matter of the hub, architecture, training, results, use."""
-    front = yaml.safe_dump(
-        {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pegbox", "pretrained"]},
-        sort_keys=False,
-    )
     recipe = story.recipe
+    facts: dict[str, Any] = {"license": recipe.licence} if recipe.licence else {}
+    facts |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pegbox", "pretrained"]}
+    front = yaml.safe_dump(facts, sort_keys=False)
     head = (
         f"# {recipe.name}\n\nA language model of {story.parameters:,} parameters, of the Llama architecture, trained "
         f"from nothing on {trained_on(story)}. What it was trained on: [{DATA}]({DATA})."

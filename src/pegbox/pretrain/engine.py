@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 ENDLESS = 1 << 40  # rows, more than any run asks for
 BYTES_PER_TOKEN = 4  # about; how many texts make so many rows
-UNBOUND = ("save_steps", "keep", "eval_steps", "eval_rows", "logging_steps", "report_to", "compile")  # change no bits
+# settings that change no bits of the training
+UNBOUND = ("save_steps", "keep", "eval_steps", "eval_rows", "logging_steps", "report_to", "compile", "saved")
 
 Rows = Dataset[dict[str, Tensor]]
 Mark = tuple[int, float]  # iterations, seconds
@@ -59,7 +60,8 @@ class Fitted:
     """A trained base.
 
     Attributes:
-        model: whole, in float32, on the device that it was trained on; of a sharded model each process gets a copy.
+        model: whole, in float32, of values that `train.saved` has, on the device that it was trained on; of a sharded
+            model each process gets a copy.
         steps: iterations, those that the guard rejected or lost among them.
         tokens: that these read.
         tokens_per_second: of this process's run, all processes together; evaluation and checkpoints count as time.
@@ -123,6 +125,8 @@ def fit(
     if interrupt.wanted and count < planned:
         say(f"interrupted after step {count} of {planned}; the same command goes on from there")
         raise Interrupted
+    if training.saved == "bfloat16":
+        _round(model)
     bits = engine.bits(held_out)
     trained = _whole(engine)
     _set_dropout(trained, 0.0)
@@ -231,6 +235,13 @@ def _set_dropout(model: LlamaForCausalLM, share: float) -> None:
         block.self_attn.attention_dropout = share
 
 
+@torch.no_grad()
+def _round(model: nn.Module) -> None:
+    """To the nearest bfloat16, so that what is measured is what files in it will hold."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
 def _name_ends(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Ids that generation starts, ends and pads with."""
     for config in (model.config, model.generation_config):
@@ -320,8 +331,7 @@ class Engine(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
         """The batches of an iteration, which all have as many labels, so that the mean of their means is the mean."""
-        if self.state.global_step >= self.state.max_steps:  # resumed after the last one
-            self.control.should_training_stop = True
+        if self.finished():
             return [], None
         self._began = self._began or (self.state.global_step, time.perf_counter())
         self._marked = self._marked or self._began

@@ -179,10 +179,11 @@ def bits_section(story: Story) -> str:
     """Bits per byte of held-out texts beside compressors; empty where nothing was held out."""
     if not story.bits:
         return ""
-    rows = [
-        (name, found, *(story.compressed[name][how] for how in ("xz", "ppmd")), story.held_out[name]["bytes_kept"])
-        for name, found in story.bits.items()
-    ]
+    sizes = {name: story.held_out[name]["bytes_kept"] for name in story.bits}
+    columns = [story.bits, *({name: story.compressed[name][how] for name in sizes} for how in ("xz", "ppmd"))]
+    rows = [(name, *(column[name] for column in columns), size) for name, size in sizes.items()]
+    if len(sizes) > 1:
+        rows.append(("all of them", *(overall(column, sizes) for column in columns), sum(sizes.values())))
     absent = any(row[3] is None for row in rows)
     note = " PPMd needs pyppmd, which is not installed." if absent else ""
     head = ("held out", "the model", "xz -9", "PPMd", "bytes")
@@ -190,6 +191,15 @@ def bits_section(story: Story) -> str:
         "## Bits per byte\n\nOf texts that were not trained on. Compressors have read the training text first, at most "
         f"its last {READ_FIRST >> 20} MiB.{note}\n\n{table(head, rows)}"
     )
+
+
+def overall(bits: Mapping[str, float | None], sizes: Mapping[str, int]) -> float | None:
+    """Bits per byte of texts together, from those of each and their bytes; None where one is not known."""
+    found = [(bits[name], size) for name, size in sizes.items()]
+    known = [(value, size) for value, size in found if value is not None]
+    if len(known) < len(found):
+        return None
+    return sum(value * size for value, size in known) / sum(sizes.values())
 
 
 def texts_section(story: Story) -> str:

@@ -121,6 +121,7 @@ class TrainSettings:
     clip: float = setting(1.0, "gradients are clipped to this norm; 0 for never", at_least=0)
     dropout: float = setting(0.0, "of attention weights", at_least=0, below=1)
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of products; weights stay float32")
+    saved: Literal["float32", "bfloat16"] = setting("float32", "what trained weights are rounded to, measured and kept")
     compile: bool = setting(False, "torch.compile the model")
     checkpointing: bool = setting(False, "keep block inputs only and compute the rest again: less memory")
     shard: bool = setting(False, "FSDP2: weights, gradients and optimizer state spread over the processes")
@@ -165,6 +166,7 @@ class Recipe:
     """A base trained from scratch."""
 
     name: str = setting("base", "of the model, for its card")
+    licence: str = setting("", "of the weights, for the model card, by the hub's names")
     root: str = setting("", "folder that the paths of texts start from; that of the recipe if not given")
     output: str = setting("out", "folder of corpus, tokenizer, shards, checkpoints, model and report")
     sources: Mapping[str, SourceSettings] = field(default_factory=dict, metadata={"help": "name -> path, text, weight"})

@@ -1,4 +1,4 @@
-"""`pegbox demo`: the main job on real input, from a comparison of methods to a merged, proven model.
+"""`pegbox demo`: the main job on real input, from a comparison of methods to a merged, proven model; then a style.
 
 all-MiniLM-L6-v2 (22M parameters) learns the 77 intents of banking77 from 20 examples of each: few enough that every
 method sees all of them within the minutes of a demonstration, and what a team can label in an afternoon.
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from pegbox.core.errors import ModelError
 from pegbox.recipes import shipped
+from pegbox.recipes.plays import MODEL, Played, play
 
 if TYPE_CHECKING:
     from pegbox.evaluate.classify import Classified
@@ -35,7 +36,7 @@ SENTENCE = "I have been waiting for two weeks and my card has still not arrived"
 
 
 def demo(sentence: str | None = None, output: str = "runs/demo") -> None:
-    """Compare, save, merge, prove, classify; every step is printed.
+    """Compare, save, merge, prove, classify; then teach a language model a style.  Every step is printed.
 
     Args:
         sentence: to classify at the end; asked for on a terminal if not given.
@@ -59,7 +60,8 @@ def demo(sentence: str | None = None, output: str = "runs/demo") -> None:
     console.print(f"\n{compared.winner}, merged: {exported}", markup=False, soft_wrap=True)
     said = sentence or _asked()
     console.print(f"\n{said!r}\n{_answer(classified(folder / 'merged', said))}", markup=False, soft_wrap=True)
-    parts = {TABLE: "table", PLOT: "plot", WINNER: "adapter", "merged": "merged model"}
+    _tell(play(folder / "plays"), console)
+    parts = {TABLE: "table", PLOT: "plot", WINNER: "adapter", "merged": "merged model", "plays": "adapter for plays"}
     console.print("\n" + ", ".join(f"{what} {folder / name}" for name, what in parts.items()), soft_wrap=True)
     console.print(f"{time.perf_counter() - start:.0f} seconds", soft_wrap=True)
 
@@ -137,6 +139,15 @@ def classified(model: Path, sentence: str) -> Classified:
 def _answer(said: Classified) -> str:
     best = sorted(said.scores, key=said.scores.__getitem__, reverse=True)[:3]
     return "\n".join(f"  {100 * said.scores[name]:5.1f} %  {name}" for name in best)
+
+
+def _tell(played: Played, console: Console) -> None:
+    lines = [f"\n{MODEL}, a small language model of prose, has learned to write plays by LoRA"]
+    lines.append("perplexity on plays that it has not seen: {:.1f} before, {:.1f} after".format(*played.perplexity))
+    for when, text in zip(("before", "after"), played.texts, strict=True):
+        shown = f"{played.opening}{text}".replace("\n", "\n  ")
+        lines += [f"\n{when}:", f"  {shown}"]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def _asked() -> str:

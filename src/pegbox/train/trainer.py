@@ -132,12 +132,21 @@ class Trainer(transformers.Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
         """The batches of one optimizer step, and what their loss is a mean over, in all processes."""
+        if self.finished():
+            return [], None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches or not isinstance(self.objective, Objective):
             return batches, None
         counts = [self.objective.count(batch, **self.objective_options) for batch in batches]
         items = self.accelerator.reduce(torch.stack(counts).sum(0).to(device), "sum")
         return batches, torch.where(items == 0, torch.ones_like(items), items)
+
+    def finished(self) -> bool:
+        """Whether all steps are done, which transformers' loop does not ask before the first one of a resumed run."""
+        if self.state.global_step < self.state.max_steps:
+            return False
+        self.control.should_training_stop = True
+        return True
 
     def compute_loss(
         self,

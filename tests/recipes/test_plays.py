@@ -1,0 +1,33 @@
+"""The part of the demonstration that writes: shorter here than there."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from pegbox import zoo
+from pegbox.recipes import plays, shipped
+
+
+def rows(name: str) -> list[str]:
+    with gzip.open(shipped.data(plays.DATA) / name, "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def test_shipped_scenes_are_whole_and_apart() -> None:
+    lesson, held_out = rows("train.jsonl.gz"), rows("valid.jsonl.gz")
+    assert (len(lesson), len(held_out)) == (300, 40)
+    assert not set(lesson) & set(held_out)
+    assert "public domain" in (shipped.data(plays.DATA) / "NOTICE").read_text()
+
+
+@pytest.mark.skipif(plays.MODEL not in zoo.names(), reason="nano-llama does not ship yet")
+def test_it_learns_to_write_plays(tmp_path: Path) -> None:
+    played = plays.play(tmp_path / "plays", max_steps=12, dtype="float32")
+    before, after = played.perplexity
+    assert after < 0.9 * before
+    assert played.texts[0] != played.texts[1]
+    assert all(played.texts)
