@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from pegbox.core.errors import DataError
 from pegbox.data.sources import load_records
@@ -240,8 +241,8 @@ def _train(recipe: Recipe, data: Data, base: Path, stages: Stages) -> None:
     model = build(recipe.model, len(data.tokenizer), recipe.rows.length, recipe.seed)
     held_out = {name: list(data.corpus.held_out_texts(name)) for name in data.corpus.held_out}
     fitted = engine.fit(recipe, model, data.tokenizer, RowDataset(data.shards, mixture), held_out, _say, facts=facts)
-    dtype: torch.dtype = getattr(torch, recipe.train.saved)
-    alone("model", lambda: _save(fitted.model.to(dtype=dtype), data.tokenizer, base))
+    nn.Module.to(fitted.model, getattr(torch, recipe.train.saved))
+    alone("model", lambda: _save(fitted.model, data.tokenizer, base))
     parameters = sum(p.numel() for p in fitted.model.parameters())
     stages.end("train", made_from, parameters=parameters, steps=fitted.steps, tokens=fitted.tokens, bits=fitted.bits)
     told = ", ".join(f"{name} {value:.3f}" for name, value in fitted.bits.items())
