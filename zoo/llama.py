@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from pegbox.cli.overrides import read_yaml
+from pegbox.core.files import CONFIG, TENSORS, read_tensors
 from pegbox.evaluate.statistics import estimate
 from pegbox.pretrain.report import overall
 from pegbox.pretrain.run import pretrain
@@ -36,7 +37,6 @@ ASKED, LONGEST = 60, 200  # questions of a set; tokens of an answer
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BASE = ("config.json", "generation_config.json", "model.safetensors", *TOKENIZER, "README.md", "DATA.md")
-ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 SHOWN = (
     "What is 12 + 30?",
@@ -168,10 +168,12 @@ def _copy(source: Path, folder: Path, names: Sequence[str]) -> None:
 
 def _pack(adapter: Path, folder: Path) -> None:
     """The adapter's files in bfloat16, on the base by its name in the zoo."""
-    config = json.loads((adapter / ADAPTER).read_text()) | {"base_model_name_or_path": NAME}
-    (folder / ADAPTER).write_text(json.dumps(config, indent=2) + "\n")
-    weights = {name: value.bfloat16() for name, value in load_file(adapter / WEIGHTS).items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": NAME}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    metadata, tensors = read_tensors(adapter / TENSORS)
+    header = json.loads(metadata["pegbox"]) | {"base": NAME}
+    rounded = {name: value.bfloat16() for name, value in tensors.items()}
+    save_file(rounded, folder / TENSORS, metadata={"format": "pt", "pegbox": json.dumps(header)})
 
 
 def card(folder: Path, answers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
