@@ -91,7 +91,8 @@ METHODS = [p for p in sorted((PACKAGE / "methods").glob("*.py")) if not p.name.s
 def test_a_method_file_reads_well(path: Path) -> None:
     text = path.read_text()
     imported = set(imports(path, at_import=False))
-    assert all(i.startswith(("pegbox.core", "pegbox.updates")) for i in imported), imported
+    beneath = ("pegbox.core", "pegbox.updates", "pegbox.methods.lora")  # EVA is LoRA from another start, say
+    assert all(i.startswith(beneath) for i in imported), imported
     assert text.count("\n") <= 150, "a method fits in one file that a person reads in a sitting"
     opening = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
     assert path.stem == "full" or re.search(r"\(.+\d{4}\)", opening), "the first line names the paper and its year"

@@ -92,7 +92,7 @@ def gsm8k(data: Path, draw: random.Random, split: str = "train") -> Iterator[lis
 def clinc150(data: Path, draw: random.Random, split: str = "train") -> Iterator[list[Row]]:
     rows = [(row["text"], row["label"]) for row in _rows(data / f"clinc150/{split}.jsonl.gz")]
     names = sorted({label for _, label in rows} - {"oos"})
-    for text, label in draw.sample(rows, 4500):
+    for text, label in draw.sample(rows, min(4500, len(rows))):
         yield _choice(draw, INTENT, text, NONE if label == "oos" else label, names)
 
 

@@ -48,7 +48,9 @@ def test_pissa_takes_the_largest_singular_values(settings: dict[str, Any]) -> No
 def test_a_fast_svd_comes_near() -> None:
     """What is left of W is hardly more than what the best approximation leaves."""
     model, w = one_matrix(60, 50)
-    graft: Any = pegbox.tune(model, "lora", rank=3, start="pissa", niter=8, targets=".*").sites["0"].chain[0]
+    graft: Any = (
+        pegbox.tune(model, "lora", rank=3, start="pissa", start_settings={"niter": 8}, targets=".*").sites["0"].chain[0]
+    )
     left = (w - graft.scale * graft.b @ graft.a).norm()
     assert left < 1.01 * torch.linalg.svdvals(w)[3:].norm()
 
@@ -195,8 +197,8 @@ def test_pefts_drawn_start_is_refused(tmp_path: Path) -> None:
 
 
 def test_iterations_of_another_start_are_refused() -> None:
-    with pytest.raises(SettingsError, match="niter is of start='pissa', and start is 'default'"):
-        pegbox.tune(family("llama"), "lora", niter=4)
+    with pytest.raises(SettingsError, match="start default has no setting 'niter'"):
+        pegbox.tune(family("llama"), "lora", start_settings={"niter": 4})
 
 
 def _peft(start: str) -> Any:

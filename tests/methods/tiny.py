@@ -19,10 +19,14 @@ def linear(out: int, in_: int, *, bias: bool = False) -> nn.Module:
     return nn.Sequential().append(nn.Linear(in_, out, bias=bias))
 
 
-def on_linear(method: Method, out: int, in_: int, *, bias: bool = False, seed: int = 1) -> tuple[Tuned, Graft, Tensor]:
-    """A method with random values on one matrix: the tuned model, its graft and the matrix W (out, in)."""
+def on_linear(
+    method: Method, out: int, in_: int, *, bias: bool = False, seed: int | None = 1
+) -> tuple[Tuned, Graft, Tensor]:
+    """A method on one matrix, with random values unless `seed` is None: the tuned model, its graft and W (out, in)."""
     model = linear(out, in_, bias=bias)
-    tuned = shake(pegbox.tune(model, method), seed)
+    tuned = pegbox.tune(model, method)
+    if seed is not None:
+        shake(tuned, seed)
     (graft,) = (g for g in tuned.adapter().grafts.values() if isinstance(g, Graft))
     weight: Tensor = model[0].weight  # type: ignore[index, assignment]
     return tuned, graft, weight.detach()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pegbox.checks.check import check, require
 from pegbox.checks.lab import Lab, every, require_close, require_different
-from pegbox.checks.when import named_in_peft
+from pegbox.checks.when import named_in_peft, read_from_peft
 from pegbox.core.files import CONFIG, TENSORS
 from pegbox.core.tuned import Tuned
 
@@ -49,7 +49,7 @@ def _as_kept(lab: Lab, tuned: Tuned, theirs: Any) -> Tuned:
     return again
 
 
-@check(named_in_peft)
+@check(read_from_peft)
 def pefts_files_load(lab: Lab) -> None:
     """An adapter that HF PEFT has made and saved loads here, and gives the same outputs."""
     from peft import PeftConfig, get_peft_model

@@ -112,3 +112,10 @@ def named_in_peft(method: Method, family: Family) -> str | None:
     if method.traits.peft is None:
         return "traits.peft is None"
     return None if importlib.util.find_spec("peft") else "peft is not installed: pip install 'pegbox[peft]'"
+
+
+def read_from_peft(method: Method, family: Family) -> str | None:
+    layout = method.traits.peft
+    if layout is not None and not layout.claims:
+        return "traits.peft: HF PEFT's own files are read as those of another method"
+    return named_in_peft(method, family)

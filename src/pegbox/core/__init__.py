@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pegbox.core.calibration import Data
     from pegbox.core.compose import Stack, Sum
     from pegbox.core.context import Context
     from pegbox.core.graft import CopyGraft, Graft, LowRankGraft, WeightGraft, low_rank_pair
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pegbox.core.tuned import Tuned
 
 _FILES = {
+    "calibration": ("Data",),
     "compose": ("Stack", "Sum"),
     "context": ("Context",),
     "graft": ("CopyGraft", "Graft", "LowRankGraft", "WeightGraft", "low_rank_pair"),
@@ -59,6 +61,7 @@ __all__ = [
     "Base",
     "Context",
     "CopyGraft",
+    "Data",
     "Down",
     "FeatureGraft",
     "Graft",

@@ -150,6 +150,8 @@ def put(file: AdapterFile, tuned: Tuned, method: type[Method], name: str = "defa
     before = tuned._plan
     try:
         built = build(method, file.settings, what=file.method)
+        if drift is not None and built.traits.exact_base:
+            raise AdapterError(f"{file.method} keeps a part of each adapter in the base alone, and {drift}")
         tuned.add(name, built, also_train=file.also_train)
     except (SettingsError, TargetError) as error:
         raise AdapterError(f"the adapter does not fit this model: {error}") from error

@@ -1,15 +1,8 @@
-"""The factors of a low-rank update, and where they start.
+"""The settings of LoRA and of what is built on it, and its factors with where they start.
 
     W' = W + s (B A - B_0 A_0)        A: (r, in)   B: (out, r)
 
-`default`, `gaussian`: B starts at zero, and there is no B_0 A_0.
-`pissa`:   Principal Singular Values and Singular Vectors Adaptation (Meng et al., 2024), arXiv:2404.02948.
-           W = U S V^T;  B = U_r (S_r / s)^1/2,  A = (S_r / s)^1/2 V_r^T
-`olora`:   Orthonormal Low-Rank Adaptation (Büyükakyüz, 2024), arXiv:2406.01775.
-           W = Q R;  B = Q_r,  A = R_r
-
-The latter two take A and B from W itself and, in their authors' code and HF PEFT's, take s B_0 A_0 out of the base.
-Here the base stays as it is, and the frozen A_0 and B_0 stand beside A and B.  The change is computed as
+Starts are files of `pegbox.core.starts`.  Where A_0 and B_0 stand apart, the change is computed as
 
     B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0)
 
@@ -19,24 +12,33 @@ which is zero to the last bit at the start, and no difference of large numbers i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pegbox.core.errors import SettingsError
-from pegbox.core.graft import check_rank, low_rank_pair
+from pegbox.core import starts
 from pegbox.core.method import Method
 from pegbox.core.settings import setting
 from pegbox.core.site import Site
 
-PEFT_FIELDS = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
+if TYPE_CHECKING:
+    from pegbox.core.calibration import Data
+    from pegbox.core.tuned import Tuned
+
+PEFT_FIELDS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "rslora": "use_rslora",
+    "ranks": "rank_pattern",
+    "alphas": "alpha_pattern",
+}
 PEFT_FIXED = {
     "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "lora_bias": False,
     "layer_replication": None,
     "target_parameters": None,
@@ -45,42 +47,73 @@ PEFT_FIXED = {
 # the others take something out of the base that the file does not hold, or draw it anew: `loftq`, `pissa_niter_N`
 PEFT_STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa", "olora")
 
-# what `peft_loads_ours` meets where the factors start from W
+# what `peft_loads_ours` meets where A_0 and B_0 stand apart
 PEFT_TRAINS_ALL = "PEFT loads A_0 and B_0 as part of one LoRA, and so gives them gradients; here they are frozen"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankMethod(Method):
-    """The settings of LoRA and what is built on it, and how HF PEFT's files hold its factors."""
+    """Rank, scale and start, and how HF PEFT's files hold the factors."""
 
     rank: int = setting(16, "rank of the update: rows of A, columns of B", at_least=1)
     alpha: float = setting(32.0, "the update is scaled by alpha / rank", above=0)
     dropout: float = setting(0.0, "share of the update's inputs dropped while training", at_least=0, below=1)
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead")
-    start: Literal["default", "gaussian", "pissa", "olora"] = setting(
-        "default", "A drawn uniform or normal and B = 0, or both from W's largest singular values, or from its QR"
+    ranks: Mapping[str, int] = field(
+        default_factory=dict, metadata={"help": "other ranks, by the end of a path or a regex over it; 0: no update"}
     )
-    niter: int | None = setting(None, "for pissa: iterations of a fast, drawn SVD; the exact one if none", at_least=0)
+    alphas: Mapping[str, float] = field(default_factory=dict, metadata={"help": "other alphas, in the same way"})
+    start: str = setting("default", "where A and B start: default, gaussian, pissa, olora, eva, lora_ga")
+    start_settings: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "settings of the start"})
+
+    found: ClassVar[tuple[str, ...]] = ("ranks", "alphas")
+
+    def rank_at(self, path: str) -> int:
+        """r of a site."""
+        return int(_at(self.ranks, path, self.rank))
+
+    def factor_at(self, path: str) -> float:
+        """s of a site."""
+        rank = self.rank_at(path)
+        return _at(self.alphas, path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     @property
-    def factor(self) -> float:
-        """s."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def started(self) -> starts.Start:
+        """The start.
+
+        Raises:
+            SettingsError: an unknown one, or a setting that it does not have.
+        """
+        return starts.get(self.start, self.start_settings)
 
     @property
-    def from_base(self) -> bool:
-        """Whether the factors start from W itself."""
-        return self.start in ("pissa", "olora")
+    def apart(self) -> bool:
+        """Whether A_0 and B_0 stand beside the factors."""
+        return self.started.apart
 
     def size(self, site: Site) -> int | None:
-        return self.rank * sum(site.shape)
+        return self.rank_at(site.path) * sum(site.shape)
 
-    # HF PEFT's files hold such a start as the LoRA of twice the rank that it is: [A; A_0], [B, -B_0].
+    def calibrates(self) -> bool:
+        return self.started.looks
+
+    def calibrate(self, tuned: Tuned, data: Data) -> None:
+        if self.calibrates():
+            for name in [name for name in tuned.active if tuned.adapter(name).method is self]:
+                self.started.look(tuned, name, data)
+
+    # HF PEFT's files hold factors that stand apart as the LoRA of twice the rank that it is: [A; A_0], [B, -B_0].
 
     def peft_extra(self, model: nn.Module) -> dict[str, Any]:
-        if not self.from_base:
+        if not self.apart:
             return {}
-        return {"r": 2 * self.rank, "lora_alpha": self.alpha * (math.sqrt(2) if self.rslora else 2)}
+        more = math.sqrt(2) if self.rslora else 2
+        return {
+            "r": 2 * self.rank,
+            "lora_alpha": self.alpha * more,
+            "rank_pattern": {path: 2 * rank for path, rank in self.ranks.items()},
+            "alpha_pattern": {path: alpha * more for path, alpha in self.alphas.items()},
+        }
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,24 +121,29 @@ class LowRankMethod(Method):
         return {"start": start} if start in ("pissa", "olora") else {}
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.from_base:
+        if "a0" not in tensors:
             return dict(tensors)
         kept = dict(tensors)
         a0, b0 = kept.pop("a0"), kept.pop("b0")
         return kept | {"a": torch.cat([kept["a"], a0]), "b": torch.cat([kept["b"], -b0], dim=1)}
 
     def unpack(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.from_base or not {"a", "b"} <= tensors.keys():
+        if "a0" not in own or not {"a", "b"} <= tensors.keys():
             return dict(tensors)
-        a, b = tensors["a"], tensors["b"]
-        if len(a) == self.rank:  # PEFT's unconverted file: it too takes A_0 and B_0 from the base
+        a, b, rank = tensors["a"], tensors["b"], len(own["a"])
+        if len(a) == rank:  # PEFT's unconverted file: it too takes A_0 and B_0 from the base
             return {**tensors, "a0": own["a0"], "b0": own["b0"]}
-        parts = {"a": a[: self.rank], "a0": a[self.rank :], "b": b[:, : self.rank], "b0": -b[:, self.rank :]}
+        parts = {"a": a[:rank], "a0": a[rank:], "b": b[:, :rank], "b0": -b[:, rank:]}
         return {**tensors, **parts}
 
 
+def _at(values: Mapping[str, float], path: str, otherwise: float) -> float:
+    """The value whose name is a path, the end of it, or a regex over either; as HF PEFT's patterns."""
+    return next((v for name, v in values.items() if re.fullmatch(rf"(.*\.)?({name})", path)), otherwise)
+
+
 class StartedFactors(nn.Module):
-    """Holds A and B, and A_0 and B_0 where they start from W."""
+    """Holds A and B, and A_0 and B_0 where they stand apart."""
 
     a0: Tensor | None
     b0: Tensor | None
@@ -114,19 +152,20 @@ class StartedFactors(nn.Module):
         """Make the factors.
 
         Raises:
-            SettingsError: a rank above what the site's matrix can have, or `niter` for another start than pissa.
+            SettingsError: a rank above what the site's matrix can have, or an unknown start.
         """
-        if method.niter is not None and method.start != "pissa":
-            raise SettingsError(f"niter is of start='pissa', and start is {method.start!r}")
-        a0, b0 = _of_base(site, method) if method.from_base else (None, None)
-        self.register_buffer("a0", a0)
-        self.register_buffer("b0", b0)
-        if a0 is not None and b0 is not None:
-            self.a, self.b = nn.Parameter(a0.clone()), nn.Parameter(b0.clone())
-            return
-        self.a, self.b = low_rank_pair(site, method.rank)
-        if method.start == "gaussian":
-            nn.init.normal_(self.a, std=1 / method.rank)
+        start, scale = method.started, method.factor_at(site.path)
+        a, b = start.factors(site, method.rank_at(site.path), scale)
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.register_buffer("a0", a.clone() if start.apart else None)
+        self.register_buffer("b0", b.clone() if start.apart else None)
+
+    @torch.no_grad()
+    def begin(self, a: Tensor, b: Tensor | None = None) -> None:
+        """Start from other factors of the same shapes; B stays as it is if not given."""
+        for own, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
+            if own is not None and value is not None:
+                own.copy_(value)
 
     def difference(self) -> tuple[Tensor, Tensor]:
         """Factors of B A - B_0 A_0: down (r or 2r, in), up (out, r or 2r)."""
@@ -135,18 +174,7 @@ class StartedFactors(nn.Module):
         return torch.cat([self.a, self.a - self.a0]), torch.cat([self.b - self.b0, self.b0], dim=1)
 
 
-@torch.no_grad()
-def _of_base(site: Site, method: LowRankMethod) -> tuple[Tensor, Tensor]:
-    """A_0 (r, in) and B_0 (out, r) of a site's matrix."""
-    check_rank(site, method.rank)
-    w, r = site.read("weight").detach().float(), method.rank
-    if method.start == "olora":
-        q, upper = torch.linalg.qr(w)
-        return upper[:r].contiguous(), q[:, :r].contiguous()
-    if method.niter is None:
-        u, s, vt = torch.linalg.svd(w, full_matrices=False)
-    else:
-        u, s, v = torch.svd_lowrank(w, r, niter=method.niter)
-        vt = v.T
-    root = (s[:r] / method.factor).sqrt()
-    return root[:, None] * vt[:r], u[:, :r] * root
+def started(tuned: Tuned, name: str) -> dict[str, StartedFactors]:
+    """The grafts of an adapter that hold such factors, by path of their sites."""
+    grafts: dict[str, nn.Module] = {p: site.grafts[name] for p, site in tuned.sites.items() if name in site.grafts}
+    return {path: graft for path, graft in grafts.items() if isinstance(graft, StartedFactors)}

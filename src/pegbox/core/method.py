@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -21,6 +21,7 @@ from pegbox.core.settings import setting
 
 if TYPE_CHECKING:
     from pegbox.core.adapter import Adapter, State
+    from pegbox.core.calibration import Data
     from pegbox.core.graft import Graft
     from pegbox.core.parts import Rows
     from pegbox.core.site import Site
@@ -83,6 +84,7 @@ class PeftLayout:
         embedding: as `tensors`, at an embedding; empty where PEFT does not have the method there.
         convolution: own parameter -> its shape at a convolution: `kernel` (r, in, k, ...), `point` (out, r, 1, ...) or
             `channel` (1, out, 1, ...); empty where PEFT does not have the method there.
+        claims: PEFT's own files of this kind are read as this method's; else only its own are.
     """
 
     kind: str
@@ -93,6 +95,7 @@ class PeftLayout:
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     embedding: Mapping[str, str] = field(default_factory=dict)
     convolution: Mapping[str, Literal["kernel", "point", "channel"]] = field(default_factory=dict)
+    claims: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Traits:
         linear: the change of the weight is linear in the parameters.
         to_lora: it has an exact low-rank form.
         keeps_base: the base's own tensors never change.
+        exact_base: its file leaves out what the base gives, and fits no base that is kept otherwise than in training.
         in_turn: which of its tensors train changes from step to step (`tuned.select`).
         per_row: rows of one batch may use different adapters.
         packs: a row may hold several examples, each of which gets what it gets alone.
@@ -123,6 +127,7 @@ class Traits:
     linear: bool = False
     to_lora: bool = False
     keeps_base: bool = True
+    exact_base: bool = False
     in_turn: bool = False
     per_row: bool = True
     packs: bool = True
@@ -175,6 +180,7 @@ class Method:
     traits: ClassVar[Traits]
     kinds: ClassVar[tuple[type[nn.Module], ...]] = LINEAR  # MATRIX for a method that maps weights
     reads: ClassVar[tuple[str, ...]] = ()  # names that its grafts look up in the context, see `tuned.given`
+    found: ClassVar[tuple[str, ...]] = ()  # settings that data or training finds, ranks say: a checkpoint has others
     presets: ClassVar[Mapping[str, Preset]] = {}
     aliases: ClassVar[Mapping[str, str]] = {}  # other words for its settings
     small: ClassVar[Mapping[str, Any]] = {}  # settings that fit models of width 32, where small numbers alone do not
@@ -277,8 +283,8 @@ class Method:
         """Whether HF PEFT can express an adapter on this model; a file of one that it cannot has Pegbox's keys."""
         return True
 
-    def calibrate(self, tuned: Tuned, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Look at data before training starts."""
+    def calibrate(self, tuned: Tuned, data: Data) -> None:
+        """Look at data before training starts, and before there is an optimizer."""
 
     def before_step(self, tuned: Tuned, step: int, steps: int) -> None:
         """Before the forward of optimizer step `step` (from 0) of `steps`."""

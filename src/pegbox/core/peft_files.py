@@ -190,7 +190,7 @@ def recognise(
         AdapterError: none of them, or one with a setting that it does not know.
     """
     kind = config.get("peft_type")
-    layouts = [(m, m.traits.peft) for m in methods if m.traits.peft]
+    layouts = [(m, m.traits.peft) for m in methods if m.traits.peft and m.traits.peft.claims]
     same = [(m, p) for m, p in layouts if p.kind == kind]
     bridged = bridge(config, None) if bridge else None
     if not same:

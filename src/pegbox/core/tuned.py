@@ -125,6 +125,17 @@ class Tuned(nn.Module):
             self._restore_requires_grad()
         return self.use(then) if then else self
 
+    def remake(self, name: str, method: Method, seed: int = 0) -> Self:
+        """Build an adapter again with other settings, new ranks say; what its grafts have learned is forgotten.
+
+        Modules trained whole keep their values.
+        """
+        plan, copies = self._plan, self.adapter(name).copies
+        self.remove(name)
+        self.add(name, method, also_train=[adapters_.path_of(key) for key in copies], seed=seed)
+        self.adapter(name).copies.load_state_dict(copies.state_dict())
+        return self if plan is None else self.use(plan)
+
     def use(self, plan: str | Stack | Sum | Sequence[str]) -> Self:
         """Choose what runs: one adapter, `Stack("a", "b")`, or `Sum(a=0.5, b=0.5)`; only these train."""
         plan = as_plan(plan)

@@ -56,6 +56,8 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phm": ("compacter", {"preset": "phm-adapter"}),
     "pissa": ("lora", {"start": "pissa"}),
     "olora": ("lora", {"start": "olora"}),
+    "slora": ("nlora", {"preset": "slora"}),
+    "inttune": ("nlora", {"preset": "inttune"}),
 }
 
 # settings as other tools write them: name -> ours
@@ -81,7 +83,8 @@ SETTING_ALIASES = {
     "bottleneck_size": "bottleneck",
     "init_lora_weights": "start",
     "init_weights": "start",
-    "pissa_iter": "niter",
+    "rank_pattern": "ranks",
+    "alpha_pattern": "alphas",
     "non_linearity": "activation",
     "phm_dim": "division",
     "reduction_factor": "reduction",

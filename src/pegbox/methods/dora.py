@@ -34,7 +34,7 @@ class DoRAGraft(StartedFactors, WeightGraft):
     def __init__(self, site: Site, method: DoRA) -> None:
         super().__init__()
         self.start(site, method)
-        self.scale, self.dropout = method.factor, method.dropout
+        self.scale, self.dropout = method.factor_at(site.path), method.dropout
         square = site.read("weight").detach().float().square().sum(1)  # (out,)
         self.register_buffer("square", square, persistent=False)
         self.m = nn.Parameter(square.sqrt())
@@ -75,15 +75,15 @@ USUAL = Traits(
         convolution={"a": "kernel", "b": "point", "m": "channel"},
     ),
 )
-FROM_BASE = replace(USUAL, xfail={"peft_loads_ours": PEFT_TRAINS_ALL})
+APART = replace(USUAL, xfail={"peft_loads_ours": PEFT_TRAINS_ALL})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(LowRankMethod):
-    traits: ClassVar[Traits] = by_settings(USUAL, lambda method: FROM_BASE if method.from_base else USUAL)
+    traits: ClassVar[Traits] = by_settings(USUAL, lambda method: APART if method.apart else USUAL)
 
-    def graft(self, site: Site, shared: nn.Module | None) -> DoRAGraft:
-        return DoRAGraft(site, self)
+    def graft(self, site: Site, shared: nn.Module | None) -> DoRAGraft | None:
+        return DoRAGraft(site, self) if self.rank_at(site.path) else None
 
     def size(self, site: Site) -> int:
-        return self.rank * sum(site.shape) + site.shape[0]
+        return self.rank_at(site.path) * sum(site.shape) + site.shape[0]

@@ -17,7 +17,6 @@ index addresses the channels: the base stays as it is, and an overlap is nothing
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pegbox.core import Anatomy, Base, Down, LowRankGraft, Method, Site, Traits, Tuned, setting
+from pegbox.core import Anatomy, Base, Data, Down, LowRankGraft, Method, Site, Traits, Tuned, setting
 from pegbox.core.channels import frozen_linear, input_channels, output_channels
 from pegbox.core.errors import SettingsError
 from pegbox.core.method import split_names
@@ -109,7 +108,7 @@ class S2FT(Method):
     def calibrates(self) -> bool:
         return self.choose == "activation"
 
-    def calibrate(self, tuned: Tuned, batches: Iterable[Mapping[str, Any]]) -> None:
+    def calibrate(self, tuned: Tuned, data: Data) -> None:
         grafts = {p: g for p, s in tuned.sites.items() for g in s.chain if isinstance(g, ChannelGraft)}
         squares = {path: torch.zeros(graft.width, device=graft.d.device) for path, graft in grafts.items()}
 
@@ -118,7 +117,7 @@ class S2FT(Method):
             squares[path] += widened(seen).square().flatten(0, -2).sum(0)
 
         if self.calibrates():
-            observe(tuned, batches, see, grafts, most=BATCHES)
+            observe(tuned, data, see, grafts, most=BATCHES)
             for path, graft in grafts.items():
                 graft.take(squares[path], smallest=self.smallest)
 

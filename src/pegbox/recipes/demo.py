@@ -142,9 +142,8 @@ def _answer(said: Classified) -> str:
 
 
 def _tell(played: Played, console: Console) -> None:
-    lines = [f"\n{MODEL}, a small language model of prose, has learned to write plays by LoRA"]
-    lines.append("perplexity on plays that it has not seen: {:.1f} before, {:.1f} after".format(*played.perplexity))
-    for when, text in zip(("before", "after"), played.texts, strict=True):
+    lines = [f"\n{MODEL}, a small language model that writes as novels do, has learned to write plays by LoRA"]
+    for when, text in (("before", played.before), ("after", played.after)):
         shown = f"{played.opening}{text}".replace("\n", "\n  ")
         lines += [f"\n{when}:", f"  {shown}"]
     console.print("\n".join(lines), markup=False, soft_wrap=True)

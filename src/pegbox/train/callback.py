@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pegbox.core import Method, Tuned
+from pegbox.core.calibration import Data, Loss
 from pegbox.core.errors import MethodError
 from pegbox.core.headless import unwrap
 from pegbox.train.bypass import check_nothing_is_bypassed
@@ -64,10 +65,16 @@ class Callback(TrainerCallback):
         """The methods of the adapters in use."""
         return [self.tuned.adapter(name).method for name in self.tuned.active]
 
-    def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Let methods look at data; before an optimizer is made, since they may choose what trains."""
+    def calibrate(self, batches: Iterable[Mapping[str, Any]], loss: Loss | None = None) -> None:
+        """Let methods look at data; before an optimizer is made, since they may choose what trains.
+
+        Args:
+            batches: as the model takes them.
+            loss: of the model on a batch; that of the model's output if None.
+        """
+        data = Data(batches, loss)
         for method in self.methods:
-            method.calibrate(self.tuned, batches)
+            method.calibrate(self.tuned, data)
         self._calibrated = True
 
     def before_step(self, step: int, steps: int, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -41,9 +41,8 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     """Methods with their settings, objective, and every argument that bears on the numbers."""
     args, objective = trainer.args, trainer.objective
     out: dict[str, Any] = {}
-    for name in trainer.tuned.active:
-        method = trainer.tuned.adapter(name).method
-        prefix = "" if len(trainer.tuned.active) == 1 else f"{name}."
+    for name, method in trainer.methods.items():
+        prefix = "" if len(trainer.methods) == 1 else f"{name}."
         out[f"{prefix}method"] = method.name()
         out |= {f"{prefix}method.{key}": value for key, value in dataclasses.asdict(method).items()}
     out["objective"] = objective.name if isinstance(objective, Objective) else getattr(objective, "__name__", "")

@@ -22,6 +22,7 @@ from pegbox import methods, objectives
 from pegbox.core import Tuned, files
 from pegbox.core.errors import AdapterError, CannotMix, SettingsError, did_you_mean
 from pegbox.core.headless import unwrap
+from pegbox.core.settings import build
 from pegbox.objectives.batch import READ_HERE
 from pegbox.objectives.objective import Batch, Losses, Objective
 from pegbox.train import checkpoint as checkpoints
@@ -83,6 +84,7 @@ class Trainer(transformers.Trainer):
     ) -> None:
         self._acts = Callback(tuned, save=False)
         self.tuned, self.metrics = tuned, metrics
+        self.methods = {name: tuned.adapter(name).method for name in tuned.active}  # as they are before they find ranks
         args = args or TrainingArguments("trainer_output")
         self.objective: Objective | Loss
         self.objective, self.objective_options = _given(objective, dict(objective_options or {}) | _smoothing(args))
@@ -191,7 +193,7 @@ class Trainer(transformers.Trainer):
         if found is not None:
             self._check_same(found)
         elif self._acts.needs_data:
-            self._acts.calibrate(self._prepare_inputs(batch) for batch in self.get_train_dataloader())
+            self._acts.calibrate(_Batches(self), self._plain_loss)
         self._terms, self._logged_at = {}, 0
         try:
             return super().train(resume_from_checkpoint=None if found is None else str(found), **kwargs)
@@ -199,6 +201,14 @@ class Trainer(transformers.Trainer):
             self._acts.close()
             if self._wanted_cache is not None:
                 self.tuned.config.use_cache = self._wanted_cache
+
+    def _plain_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of one batch by itself, before training."""
+        count = self.objective.count(batch, **self.objective_options) if isinstance(self.objective, Objective) else None
+        self.current_gradient_accumulation_steps = 1
+        with self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(model, batch, num_items_in_batch=count)
+        return loss
 
     def _found(self, wanted: str | bool | None) -> Path | None:
         if wanted in (None, False):
@@ -321,10 +331,22 @@ class Trainer(transformers.Trainer):
             mine = self.tuned.adapter(name).method
             if file.method != mine.name():
                 raise AdapterError(f"{place} holds a {file.method} adapter, this run trains {mine.name()}")
+            if any(file.settings.get(key) != getattr(mine, key) for key in mine.found):
+                self.tuned.remake(name, build(type(mine), file.settings, what=mine.name()))
             files.fill(file, self.tuned, name)
         load_training_state(self.tuned, folder)
 
     _resumed: Path | None = None
+
+
+class _Batches:
+    """The training batches, from the beginning each time they are gone through."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.trainer._prepare_inputs, self.trainer.get_train_dataloader())
 
 
 class _Progress(TrainerCallback):
