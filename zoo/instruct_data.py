@@ -32,6 +32,7 @@ from typing import Any
 
 Row = dict[str, Any]
 LONGEST = 1600  # characters of a conversation
+SOLVED = 200  # of a solution: in longer ones a small model loses the end
 OPTIONS = 4
 NONE = "none of these"
 
@@ -86,6 +87,8 @@ def glaive(data: Path, draw: random.Random) -> Iterator[list[Row]]:
 def gsm8k(data: Path, draw: random.Random, split: str = "train") -> Iterator[list[Row]]:
     for row in _rows(data / f"gsm8k/{split}.jsonl.gz"):
         steps, _, result = re.sub(r"<<[^>]*>>", "", row["answer"]).partition("\n#### ")
+        if len(steps) > SOLVED:
+            continue
         yield _asked(row["question"], f"{steps}\nThe answer is {result.strip()}.")
 
 

@@ -15,7 +15,7 @@ from pegbox.checks.models import FAMILIES, Family
 from pegbox.checks.when import has_its_needs
 from pegbox.core.errors import SettingsError, did_you_mean
 from pegbox.core.method import Method
-from pegbox.core.settings import build
+from pegbox.core.settings import build, default
 
 SMALL = 4  # whole numbers above this are set to it
 SCALE = 6.0  # and other numbers to this, so that alpha / rank is not 1
@@ -52,7 +52,8 @@ class Case:
         """The method and the settings that differ from its defaults."""
         method = self.built()
         given = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-        changed = [f"{f.name}={given[f.name]!r}" for f in dataclasses.fields(method) if given[f.name] != f.default]
+        plain = {f.name: default(f) for f in dataclasses.fields(method)}
+        changed = [f"{name}={value!r}" for name, value in given.items() if value != plain[name]]
         return f"{method.name()}({', '.join(changed)})"
 
 

@@ -80,10 +80,11 @@ def schema(cls: type) -> dict[str, Any]:
     required = []
     for field in dataclasses.fields(cls):
         spec = TypeAdapter(_hints(cls)[field.name]).json_schema()
-        if field.default is not dataclasses.MISSING:
-            spec["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
-        elif field.default_factory is dataclasses.MISSING:
+        plain = default(field)
+        if plain is dataclasses.MISSING:
             required.append(field.name)
+        elif not dataclasses.is_dataclass(plain):
+            spec["default"] = list(plain) if isinstance(plain, tuple) else plain
         if "help" in field.metadata:
             spec["description"] = field.metadata["help"]
         for bound, (_, _, keyword) in _BOUNDS.items():
@@ -92,6 +93,13 @@ def schema(cls: type) -> dict[str, Any]:
         properties[field.name] = spec
     out: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
     return out | ({"required": required} if required else {})
+
+
+def default(field: dataclasses.Field[Any]) -> Any:
+    """What a field has if nothing is given; `dataclasses.MISSING` if something must be."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _hints(cls: type) -> dict[str, Any]:
