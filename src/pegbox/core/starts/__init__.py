@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from pegbox.core.errors import SettingsError, did_you_mean
+from pegbox.core.graft import low_rank_pair
 from pegbox.core.settings import build
 
 if TYPE_CHECKING:
@@ -34,12 +35,13 @@ class Start:
     looks: ClassVar[bool] = False
 
     def factors(self, site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank) before any data is seen; drawn from torch's generator.
+        """A (rank, in) and B (out, rank) before any data is seen: as LoRA's, if a start says nothing else.
 
         Raises:
             SettingsError: a rank above what the site's matrix can have.
         """
-        raise NotImplementedError
+        a, b = low_rank_pair(site, rank)
+        return a.detach(), b.detach()
 
     def look(self, tuned: Tuned, name: str, data: Data) -> None:
         """Give the grafts of the adapter `name` other factors, by `StartedFactors.begin`."""

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from pegbox.core.graft import low_rank_pair
-from pegbox.core.site import Site
 from pegbox.core.starts import Start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Default(Start):
-    def factors(self, site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-        a, b = low_rank_pair(site, rank)
-        return a.detach(), b.detach()
+    pass

@@ -24,9 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pegbox.core.graft import low_rank_pair
 from pegbox.core.settings import setting
-from pegbox.core.site import Site
 from pegbox.core.starts import Start
 
 if TYPE_CHECKING:
@@ -45,11 +43,6 @@ class EVA(Start):
     whiten: bool = setting(False, "divide each direction by the root of its singular value")
 
     looks: ClassVar[bool] = True
-
-    def factors(self, site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-        """As LoRA's, until inputs are seen."""
-        a, b = low_rank_pair(site, rank)
-        return a.detach(), b.detach()
 
     def look(self, tuned: Tuned, name: str, data: Data) -> None:
         from pegbox.core.low_rank_start import LowRankMethod, started

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pegbox.core.errors import SettingsError
-from pegbox.core.graft import low_rank_pair
 from pegbox.core.settings import setting
 from pegbox.core.site import Site
 from pegbox.core.starts import Start
@@ -49,8 +48,7 @@ class LoRAGA(Start):
                 f"start=lora_ga takes 2 rank singular vectors, so rank must be 1..{min(out, in_) // 2} at {site.path} "
                 f"(a {out} x {in_} weight), got {rank}"
             )
-        a, b = low_rank_pair(site, rank)
-        return a.detach(), b.detach()
+        return super().factors(site, rank, scale)
 
     def look(self, tuned: Tuned, name: str, data: Data) -> None:
         from pegbox.core.adapter import seeded
