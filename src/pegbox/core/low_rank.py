@@ -1,6 +1,6 @@
-"""The one kernel of every low-rank method: y = W x + b + scale * up (down x), and its gradients.
+"""The one kernel of every low-rank method: y = W x + b + scale * up (gate * down x), and its gradients.
 
-    x: (..., in)   W: (out, in)   b: (out,)   down: (r, in)   up: (out, r)
+    x: (..., in)   W: (out, in)   b: (out,)   down: (r, in)   up: (out, r)   gate: (..., r), or none
 
 What autograd would do with the plain expression costs an extra copy of x per factor, an (out,)-wide temporary for
 the product and another for the sum.  Here x is kept once (tensors that several sites read, as q, k and v do, are kept
@@ -8,6 +8,9 @@ once for all of them), the scale goes into the small factor, and both sums are m
 
 `down` may be a width instead of a matrix: then x is cut into shards of that width, which are summed (MiSS).
 That is the same product with `down` = a row of identity matrices, at the cost of a sum.
+
+A gate says how much of each direction a row of x gets: factors of several experts, stacked, with zeros for those that
+are not chosen, are one product for all of them.
 
 Factors are float32 masters; products run in the dtype of x.  Where the processor multiplies float32 faster than that,
 the two large products are widened, a block of rows at a time.
@@ -39,7 +42,9 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     return _DecodedLinear.apply(x if dtype is None else x.to(dtype), bias, weight)
 
 
-def low_rank_linear(x: Tensor, weight: Matrix, bias: Tensor | None, down: Down, up: Tensor, scale: float) -> Tensor:
+def low_rank_linear(
+    x: Tensor, weight: Matrix, bias: Tensor | None, down: Down, up: Tensor, scale: float, gate: Tensor | None = None
+) -> Tensor:
     """`F.linear(x, weight, bias)` plus a low-rank update; differentiable in every tensor.
 
     Args:
@@ -49,6 +54,7 @@ def low_rank_linear(x: Tensor, weight: Matrix, bias: Tensor | None, down: Down, 
         down: (r, in), or r to sum shards of x of that width (the last one padded with zeros)
         up: (out, r)
         scale: multiplies the update
+        gate: (..., r), multiplies `down x`
 
     Returns:
         (..., out), in the dtype of x (under autocast, in autocast's).
@@ -60,7 +66,7 @@ def low_rank_linear(x: Tensor, weight: Matrix, bias: Tensor | None, down: Down, 
         kept = None if kept is None else kept.to(dtype)
     matrix, shard = (None, down) if isinstance(down, int) else (down, 0)
     with torch.autocast(x.device.type, enabled=False):  # it would undo the widening
-        y = _LowRankLinear.apply(x, kept, bias, matrix, up, scale, shard, decode)  # (n, out)
+        y = _LowRankLinear.apply(x, kept, bias, matrix, up, gate, scale, shard, decode)  # (n, out)
     return y.view(*x.shape[:-1], y.shape[-1])  # out here, or what changes its views in place (DeBERTa) is forbidden to
 
 
@@ -69,10 +75,14 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def low_rank_product(x: Tensor, down: Down, up: Tensor, scale: float) -> Tensor:
-    """`scale * up (down x)` in plain operations, where x is not what the matrix sees: (..., in) -> (..., out)."""
+def low_rank_product(x: Tensor, down: Down, up: Tensor, scale: float, gate: Tensor | None = None) -> Tensor:
+    """The update alone, in plain operations, where x is not what the matrix sees: (..., in) -> (..., out)."""
     h = fold(x, down) if isinstance(down, int) else F.linear(x, down.to(x.dtype))
-    return F.linear(h, (scale * up).to(x.dtype))
+    return F.linear(_gated(h, gate), (scale * up).to(x.dtype))
+
+
+def _gated(h: Tensor, gate: Tensor | None) -> Tensor:
+    return h if gate is None else h * gate.to(h.dtype)
 
 
 def fold(x: Tensor, width: int) -> Tensor:
@@ -98,35 +108,39 @@ class _LowRankLinear(torch.autograd.Function):
         bias: Tensor | None,
         down: Tensor | None,
         up: Tensor,
+        gate: Tensor | None,
         scale: float,
         shard: int,
         decode: Callable[[], Tensor] | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
+        gate = None if gate is None else gate.reshape(-1, gate.shape[-1])  # (n, r)
         h = fold(rows, shard) if down is None else rows @ down.to(x.dtype).T  # (n, r)
         w = _decoded(weight, decode, x)
-        y = sum_of_products(rows, w.T, h, (scale * up).T, bias)  # (n, out)
-        ctx.save_for_backward(x, weight, down, up, h)
+        y = sum_of_products(rows, w.T, _gated(h, gate), (scale * up).T, bias)  # (n, out)
+        ctx.save_for_backward(x, weight, down, up, gate, h)
         ctx.scale, ctx.shard, ctx.decode = scale, shard, decode
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, h = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, wants_down, wants_up = ctx.needs_input_grad[:5]
+        x, weight, down, up, gate, h = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, wants_down, wants_up, wants_gate = ctx.needs_input_grad[:6]
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
         g = grad.reshape(-1, grad.shape[-1])  # (n, out)
-        gh = g @ (ctx.scale * up).to(g.dtype) if wants_x or wants_down else None  # (n, r)
+        gh = g @ (ctx.scale * up).to(g.dtype) if wants_x or wants_down or wants_gate else None  # (n, r)
+        g_gate = (gh * h).to(gate.dtype).view(*x.shape[:-1], -1) if wants_gate and gh is not None else None
+        gh = None if gh is None else _gated(gh, gate)
         gx = None
         if wants_x and gh is not None:
             factor = as_matrix(ctx.shard, x.shape[-1], up) if down is None else down
             gx = sum_of_products(g, _decoded(weight, ctx.decode, g), gh, factor).view(x.shape)
         g_down = (gh.T @ rows).to(down.dtype) if wants_down and gh is not None else None
-        g_up = (g.T @ h).to(up.dtype).mul_(ctx.scale) if wants_up else None
+        g_up = (g.T @ _gated(h, gate)).to(up.dtype).mul_(ctx.scale) if wants_up else None
         g_weight = g.T @ rows if wants_weight else None
         g_bias = g.sum(0) if wants_bias else None
-        return gx, g_weight, g_bias, g_down, g_up, None, None, None
+        return gx, g_weight, g_bias, g_down, g_up, g_gate, None, None, None
 
 
 class _DecodedLinear(torch.autograd.Function):

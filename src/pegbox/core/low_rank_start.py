@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +174,15 @@ class StartedFactors(nn.Module):
         return torch.cat([self.a, self.a - self.a0]), torch.cat([self.b - self.b0, self.b0], dim=1)
 
 
-def started(tuned: Tuned, name: str) -> dict[str, StartedFactors]:
+@runtime_checkable
+class Begins(Protocol):
+    """A graft whose factors can be given another start: `StartedFactors`, or experts of them."""
+
+    def begin(self, a: Tensor, b: Tensor | None = None) -> None:
+        """Start from other factors of the same shapes; B stays as it is if not given."""
+
+
+def started(tuned: Tuned, name: str) -> dict[str, Begins]:
     """The grafts of an adapter that hold such factors, by path of their sites."""
     grafts: dict[str, nn.Module] = {p: site.grafts[name] for p, site in tuned.sites.items() if name in site.grafts}
-    return {path: graft for path, graft in grafts.items() if isinstance(graft, StartedFactors)}
+    return {path: graft for path, graft in grafts.items() if isinstance(graft, Begins)}

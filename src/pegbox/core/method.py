@@ -112,6 +112,8 @@ class Traits:
         keeps_base: the base's own tensors never change.
         exact_base: its file leaves out what the base gives, and fits no base that is kept otherwise than in training.
         in_turn: which of its tensors train changes from step to step (`tuned.select`).
+        routed: tokens reach those of its tensors that a router gives them; a batch may leave others out, and a rounded
+            router may choose otherwise.
         per_row: rows of one batch may use different adapters.
         packs: a row may hold several examples, each of which gets what it gets alone.
         needs: what a model must have: `bias`, `norms` (trained), `lookups` (embeddings), `token ids`, `blocks` (that
@@ -129,6 +131,7 @@ class Traits:
     keeps_base: bool = True
     exact_base: bool = False
     in_turn: bool = False
+    routed: bool = False
     per_row: bool = True
     packs: bool = True
     needs: tuple[Literal["bias", "norms", "lookups", "token ids", "blocks", "hidden states", "skips"], ...] = ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -38,7 +38,7 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field with its one-line meaning and, for numbers, its bounds."""
+    """A dataclass field with its one-line meaning and, for numbers and lists of them, bounds."""
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"help": help} | {k: v for k, v in bounds.items() if v is not None}
     return dataclasses.field(default=default, metadata=metadata)
@@ -123,8 +123,13 @@ def _check_bounds(what: str, field: dataclasses.Field[Any], value: Any) -> None:
         return
     for bound, (words, holds, _) in _BOUNDS.items():
         limit = field.metadata.get(bound)
-        if limit is not None and not holds(value, limit):
+        if limit is not None and not all(holds(number, limit) for number in _numbers(value)):
             raise SettingsError(f"{what}.{field.name} must be {words} {limit}, got {value!r}")
+
+
+def _numbers(value: Any) -> Iterable[float]:
+    """Those that a bound is about: the value, or each of a list."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _spell(hint: Any) -> str:

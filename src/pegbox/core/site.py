@@ -215,13 +215,14 @@ class ModuleSite(Site):
         scale: float,
         dropped: Tensor | None,
         bias: bool,
+        gate: Tensor | None,
     ) -> Tensor:
         """A linear site's output with other parameters and a low-rank update; see `Base.low_rank`."""
         weight, b = self._parameters_for(x, values)
         b = b if bias else None
         if dropped is None:
-            return self._computed(x, lambda x: low_rank_linear(x, weight, b, down, up, scale))
-        return self._computed(x, lambda x: linear(x, weight, b)) + low_rank_product(dropped, down, up, scale)
+            return self._computed(x, lambda x: low_rank_linear(x, weight, b, down, up, scale, gate))
+        return self._computed(x, lambda x: linear(x, weight, b)) + low_rank_product(dropped, down, up, scale, gate)
 
     def _parameters_for(self, x: Tensor, values: Mapping[str, Tensor]) -> tuple[Matrix, Tensor | None]:
         """As `linear_parameters`; what takes the place of a quantised weight, in the dtype that it meets."""
@@ -334,7 +335,15 @@ class Base:
         return Base(self.site, self.grafts, {**self.values, **values})
 
     def low_rank(
-        self, x: Tensor, down: Down, up: Tensor, scale: float, *, dropped: Tensor | None = None, bias: bool = True
+        self,
+        x: Tensor,
+        down: Down,
+        up: Tensor,
+        scale: float,
+        *,
+        dropped: Tensor | None = None,
+        bias: bool = True,
+        gate: Tensor | None = None,
     ) -> Tensor:
         """The module's output for x with `scale * up @ down` added to its matrix.
 
@@ -349,18 +358,23 @@ class Base:
             scale: of the update
             dropped: what the update sees instead of x; x itself if None
             bias: False leaves a linear layer's bias out.
+            gate: (..., r), how much of each direction a row of x gets, at linear layers; all of it if None
 
         Raises:
-            SettingsError: dropout, where only the sum will do.
+            SettingsError: dropout or a gate, where only the sum will do.
         """
         if self.site.is_linear and not self.grafts:
-            return self.site.low_rank(self.values, x, down, up, scale, dropped, bias)
+            return self.site.low_rank(self.values, x, down, up, scale, dropped, bias, gate)
         if self.site.adds_products:
             y = self(x) if bias or not self.site.has("bias") else self(x) - self.read("bias").to(x.dtype)
             seen = x if dropped is None else dropped
+            if gate is not None:
+                return y + low_rank_product(seen, down, up, scale, gate)
             return y + self.site.layout("weight").product(self.site.module, seen, down, up, scale)
+        name = type(self.site.module).__name__
+        if gate is not None:
+            raise SettingsError(f"no experts at {self.site.path}: {name} does not say what it does with inputs")
         if dropped is not None:
-            name = type(self.site.module).__name__
             raise SettingsError(f"dropout must be 0 at {self.site.path}: {name} does not say what it does with inputs")
         w = widened(self.read("weight"))
         return self.with_values({"weight": w + scale * (up @ as_matrix(down, w.shape[1], up))})(x)

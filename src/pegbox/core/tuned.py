@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -203,6 +203,7 @@ class Tuned(nn.Module):
         """
         if labels is not None:
             kwargs["labels"] = labels
+        self.context.mask = _mask(kwargs)
         if torch.compiler.is_compiling():
             return self.model(*args, **kwargs)
         watch = contextlib.nullcontext() if self._watched else bypasses_refused(self._sites, self.context)
@@ -350,6 +351,12 @@ class Tuned(nn.Module):
         """
         terms = dict(self.context.losses)
         self.context.losses.clear()
+        terms |= self._penalties()
+        self.context.routes.clear()
+        return terms
+
+    def _penalties(self) -> dict[str, Tensor]:
+        terms = {}
         for name in self.active:
             term = self.adapter(name).method.penalty(self)
             if term is not None:
@@ -511,6 +518,13 @@ def _plain_dtype(site: ModuleSite, parameter: str) -> torch.dtype | None:
     if storage.name(*site.locate(parameter)) is None:
         return None
     return storage.rest_dtype(site.context.anatomy.model)
+
+
+def _mask(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which positions are no padding, where all modules see the same ones."""
+    mask = inputs.get("attention_mask")
+    one_stack = not any(name.startswith("decoder_") for name in inputs)
+    return mask if one_stack and isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _untie(model: nn.Module, parameter: nn.Parameter) -> bool:
