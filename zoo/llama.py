@@ -26,6 +26,7 @@ from pegbox.evaluate.statistics import estimate
 from pegbox.pretrain.report import overall
 from pegbox.pretrain.run import pretrain
 from pegbox.pretrain.settings import recipe
+from pegbox.zoo.merged import merged
 from zoo import instruct_data
 from zoo.images import DATA, ROOT
 
@@ -68,14 +69,16 @@ def build(output: Path | None = None) -> dict[str, Any]:
     best = min(totals["xz"], totals["ppmd"])
     if totals["model"] > (1 - MARGIN) * best:
         raise SystemExit(f"{NAME} misses its bar, {MARGIN:.0%} below {best:.3f} bits per byte: {json.dumps(totals)}")
-    answers = measured(made.instruct)
+    ships = runs / "ships"
+    _copy(made.model, ships / NAME, BASE)
+    _copy(made.model, ships / CHAT, TOKENIZER)
+    _pack(runs / "adapter", ships / CHAT)
+    chat = merged(ships / NAME, ships / CHAT, runs / "merged")
+    answers = measured(chat)
     if answers["all"]["stops"]["mean"] < STOPS:
         raise SystemExit(f"{CHAT} misses its bar: {answers['all']['stops']['mean']:.0f} % of its answers end")
-    folder = output or ROOT / "src" / "pegbox" / "zoo"
-    _copy(made.model, folder / NAME, BASE)
-    _copy(made.model, folder / CHAT, TOKENIZER)
-    _pack(runs / "adapter", folder / CHAT)
-    (folder / CHAT / "README.md").write_text(card(made.instruct, answers))
+    (ships / CHAT / "README.md").write_text(card(chat, answers))
+    shutil.copytree(ships, output or ROOT / "src" / "pegbox" / "zoo", dirs_exist_ok=True)
     return {"bits": totals, "answers": answers}
 
 
@@ -179,15 +182,20 @@ def _pack(adapter: Path, folder: Path) -> None:
 def card(folder: Path, answers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """README.md of the model that answers."""
     rows = [f"| {name} | {_told(of['stops'])} | {_told(of['right'])} |" for name, of in answers.items()]
-    shown = [f"> **{asked}**\n>\n> {reply}" for asked, (reply, _) in zip(SHOWN, answered(folder, SHOWN), strict=True)]
+    replies = [reply for reply, _ in answered(folder, SHOWN)]
+    shown = [_quoted(f"**{asked}**\n\n{reply}") for asked, reply in zip(SHOWN, replies, strict=True)]
     data = [f"| {name} | {origin} | {licence} |" for name, origin, licence in ORIGINS]
     return CARD.format(
         data="\n".join(data),
         asked=ASKED,
         longest=LONGEST,
         answers="\n".join(rows),
-        shown="\n\n".join(text.replace("\n", "\n> ").replace("> > ", "> ") for text in shown),
+        shown="\n\n".join(shown),
     )
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
 
 
 def _told(number: Mapping[str, float]) -> str:
@@ -216,7 +224,7 @@ base_model: nano-llama
 
 # nano-llama-instruct
 
-nano-llama, tuned to answer: a LoRA of rank 16 on it, merged when the model is first asked for.
+nano-llama, tuned to answer: a LoRA of rank 24 on it, merged when the model is first asked for.
 
 It knows a few kinds of short questions: which of these intents or feelings, what is named, words counted or repeated,
 sums. It answers others in form only.
@@ -227,8 +235,7 @@ sums. It answers others in form only.
 |---|---|---|
 {data}
 
-Of each source the half whose answers the base finds neither easiest nor hardest, by their entropy (MindLLM: Yang et
-al., 2023, arXiv:2310.15777).
+Conversations of at most 1,600 characters, word problems with solutions of at most 200; the same words once.
 
 ## Template
 
