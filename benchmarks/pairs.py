@@ -320,25 +320,25 @@ def _denoising(dtype: str) -> Pair:
 
 
 PRETRAINING = (
-    "A Llama of 8M parameters (hidden 256, 10 blocks, 4 heads, 2 KV heads, vocabulary 4096, tied), steps of 32 x 512 "
-    "tokens by the whole engine of `pegbox pretrain`, the spike guard on. The share is 6 FLOPs a parameter and token "
-    "over what the same cores make of bfloat16 matrix products alone (2048 x 768 x 768), measured before and after; "
-    "attention's products are not counted."
+    "nano-llama from random weights (hidden 384, 5 blocks, 6 heads, 2 KV heads, MLP 768, vocabulary 4096, tied), steps "
+    "of 16 x 512 tokens by the whole engine of `pegbox pretrain`, Muon, compiled as its recipe has it. The share is 6 "
+    "FLOPs a parameter and token over what the same cores make of bfloat16 matrix products alone (2048 x 768 x 768), "
+    "measured before and after; attention's products are not counted."
 )
 
 
 def _pretraining() -> Pair:
-    """Beside itself compiled: there is nothing to compare with but what the machine multiplies."""
+    """Beside itself not compiled: there is nothing to compare with but what the machine multiplies."""
     share = "share of the matrix rate, by 6 N a token"
     return Pair(
         "pretrain",
         "Training from scratch, 8M parameters, bf16",
         "pretraining",
-        {"compile": False},
         {"compile": True},
+        {"compile": False},
         (
             Bar(share, value("ours.share"), at_least=0.35),
-            Bar(f"{share}, compiled", value("theirs.share")),
+            Bar(f"{share}, not compiled", value("theirs.share")),
             Bar("tokens a second", value("ours.tokens_per_second")),
             Bar("matrix rate, GFLOP/s", value("ours.gflops")),
         ),

@@ -16,9 +16,16 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 VOCABULARY = 4096
-SHAPE = {"hidden": 256, "layers": 10, "heads": 4, "kv_heads": 2}
-LENGTH, ROWS, STEPS, WARM = 512, 32, 6, 2
-TRAIN = {"steps": WARM + STEPS, "batch": ROWS, "warmup": 2, "save_steps": 10_000, "dtype": "bfloat16"}
+SHAPE = {"hidden": 384, "layers": 5, "heads": 6, "kv_heads": 2, "mlp": 768}  # nano-llama
+LENGTH, ROWS, STEPS, WARM = 512, 16, 12, 4
+TRAIN = {
+    "steps": WARM + STEPS,
+    "batch": ROWS,
+    "warmup": 2,
+    "save_steps": 10_000,
+    "dtype": "bfloat16",
+    "optimizer": "muon",
+}
 PRODUCT = (2048, 768, 768)
 
 

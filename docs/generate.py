@@ -43,6 +43,7 @@ def pages() -> Iterator[tuple[Path, str]]:
         yield path, method_page(name, path.read_text() if path.exists() else "")
     yield DOCS / "methods" / "index.md", methods_table()
     yield DOCS / "sites.md", sites_page()
+    yield DOCS / "starts.md", starts_page()
     yield DOCS / "peft.md", peft_page((DOCS / "peft.md").read_text())
     yield DOCS / "reference" / "architectures.md", architectures_page()
     yield DOCS / "reference" / "settings.md", settings_page()
@@ -218,6 +219,31 @@ def sites_page() -> str:
         lines.append(f"| [{cls.name()}](methods/{cls.name()}.md) | " + " | ".join(cells) + " |")
     lines += ["", *(f"{n}. {', '.join(names)}: {why}" for n, (why, names) in enumerate(refusals.items(), 1))]
     return "\n".join(lines) + "\n"
+
+
+def starts_page() -> str:
+    """Every start under every method with LoRA's factors, as trying it out says."""
+    from pegbox.checks.starts import all_starts, low_rank_methods, outcome
+
+    columns = all_starts()
+    refusals: dict[str, list[str]] = {}
+    lines = [
+        "# Starts",
+        "",
+        "Where the factors of a low-rank update begin is apart from what is made of them: `method.start=eva` goes with",
+        "DoRA, with routed experts, with ranks that grow. Made by trying: each pair is started on a small Llama (from",
+        "batches, where the start looks at data), must give the base's outputs, train, come back from its file, merge",
+        "where the method merges, and leave the base bit for bit as it was.",
+        "",
+        "| method | " + " | ".join(f"`{name}`" for name in columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for cls in low_rank_methods():
+        said = [outcome(cls, start) for start in columns]
+        cells = ["yes" if why is None else f"refused ({noted(refusals, cls.name(), why)})" for why in said]
+        lines.append(f"| [{cls.name()}](methods/{cls.name()}.md) | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{n}. {', '.join(names)}: {why}" for n, (why, names) in enumerate(refusals.items(), 1))]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def noted(refusals: dict[str, list[str]], method: str, why: str) -> int:

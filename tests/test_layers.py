@@ -91,7 +91,7 @@ METHODS = [p for p in sorted((PACKAGE / "methods").glob("*.py")) if not p.name.s
 def test_a_method_file_reads_well(path: Path) -> None:
     text = path.read_text()
     imported = set(imports(path, at_import=False))
-    beneath = ("pegbox.core", "pegbox.updates", "pegbox.methods.lora")  # EVA is LoRA from another start, say
+    beneath = ("pegbox.core", "pegbox.updates", "pegbox.methods.lora", "pegbox.methods.dora")  # EVA is a LoRA, say
     assert all(i.startswith(beneath) for i in imported), imported
     assert text.count("\n") <= 150, "a method fits in one file that a person reads in a sitting"
     opening = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]

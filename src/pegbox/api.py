@@ -6,12 +6,15 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pegbox import anatomy, methods
 from pegbox.core import files
-from pegbox.core.errors import SettingsError
-from pegbox.core.method import Method
+from pegbox.core.errors import AdapterError, SettingsError
+from pegbox.core.graft import LowRankGraft
+from pegbox.core.low_rank import as_matrix
+from pegbox.core.method import Factors, Method
+from pegbox.core.site import Site
 from pegbox.core.tuned import Tuned
 
 
@@ -47,7 +50,35 @@ def tune(
     if isinstance(method, Method) and settings:
         raise SettingsError(f"settings are part of {method!r} already; got {', '.join(settings)} beside it")
     built = method if isinstance(method, Method) else methods.make(method, settings)
-    return Tuned(model, anatomy.of(model), built, name=name, also_train=also_train, seed=seed)
+    adapters = [factors(model, folder) for folder in built.takes()]
+    built = built.made_from(adapters)
+    tuned = Tuned(model, anatomy.of(model), built, name=name, also_train=also_train, seed=seed)
+    built.begin(tuned, name, adapters)
+    return tuned
+
+
+def factors(model: nn.Module, directory: str | os.PathLike[str]) -> Factors:
+    """A (r, in) and B (out, r) of a saved low-rank adapter, by path; B has the scale in it.
+
+    Raises:
+        AdapterError: as from `load`, or an adapter that changes more than matrices by such products.
+    """
+    tuned = load(model, directory)
+    try:
+        return {path: _product(site, directory) for path, site in tuned.sites.items()}
+    finally:
+        tuned.detach()
+
+
+def _product(site: Site, directory: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
+    (graft,) = site.chain
+    if not isinstance(graft, LowRankGraft):
+        raise AdapterError(
+            f"{os.fspath(directory)} changes {site.path} by a {type(graft).__name__}, which is no product of two thin "
+            "matrices, as LoRA's and MiSS's are"
+        )
+    down, up, scale = graft.factors()
+    return as_matrix(down, site.shape[1], up).detach().clone(), (scale * up).detach()
 
 
 def method(name: str, **settings: Any) -> Method:

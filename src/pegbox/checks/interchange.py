@@ -25,7 +25,7 @@ def peft_loads_ours(lab: Lab) -> None:
 
     tuned = lab.shaken()
     folder = lab.save(tuned)
-    theirs = _quietly(PeftModel.from_pretrained, lab.model(), str(folder)).eval()
+    theirs = _told_tasks(lab, _quietly(PeftModel.from_pretrained, lab.model(), str(folder)).eval())
     require_close(_output(lab, theirs), lab.output(tuned), "the adapter in PEFT")
     tuned = _as_kept(lab, tuned, theirs)
     for name, parameter in theirs.named_parameters():
@@ -57,7 +57,7 @@ def pefts_files_load(lab: Lab) -> None:
     template = lab.save(lab.tuned(), folder="template")
     config = _quietly(PeftConfig.from_pretrained, str(template))
     config.inference_mode = False
-    theirs = _quietly(get_peft_model, lab.model(), config).eval()
+    theirs = _told_tasks(lab, _quietly(get_peft_model, lab.model(), config).eval())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -68,6 +68,18 @@ def pefts_files_load(lab: Lab) -> None:
     want = _output(lab, theirs)
     require_different(want, lab.output(lab.model()), "PEFT's adapter")
     require_close(lab.output(lab.load(lab.folder / "theirs", lab.model())), want, "PEFT's adapter here")
+
+
+def _told_tasks(lab: Lab, theirs: Any) -> Any:
+    """PEFT's model, called with the first task for every row where it wants to know."""
+
+    def tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = len(next(v for v in kwargs.values() if isinstance(v, Tensor)))
+        return args, {**kwargs, "task_ids": torch.zeros(rows, dtype=torch.long)}
+
+    if "task_ids" in lab.method.reads:
+        theirs.register_forward_pre_hook(tell, with_kwargs=True)
+    return theirs
 
 
 def _output(lab: Lab, theirs: nn.Module) -> Tensor:

@@ -82,20 +82,22 @@ def groups_hold_what_trains(lab: Lab) -> None:
 
 @check()
 def turns_as_declared(lab: Lab) -> None:
-    """traits.in_turn holds exactly if what trains changes between steps; what rests has no gradient, but a group."""
+    """traits.in_turn, or traits.grows, holds exactly if what trains changes between steps; what rests has no gradient,
+    but a group."""
     tuned, seen = lab.tuned().train(), set()
     ever = set(tuned.trainable())
     for step in range(TURNS):
         lab.method.before_step(tuned, step, TURNS)
         seen.add(frozenset(tuned.trainable()))
+        ever |= set(tuned.trainable()) if lab.method.traits.grows else set()
         require(all(ever >= now for now in seen), "a parameter trains that did not before the first step")
         lab.gradients(tuned, step)
         stray = [n for n, p in tuned.named_parameters() if p.grad is not None and not p.requires_grad]
         require(not stray, f"{stray[:3]} rest and have gradients")
         grouped = {name for group in tuned.groups(RATE) for name in group["names"]}
         require(grouped == ever, f"the optimizer's groups lack {sorted(ever - grouped)[:3]}")
-    declared = lab.method.traits.in_turn
-    require((len(seen) > 1) == declared, f"traits.in_turn is {declared}; {len(seen)} choices in {TURNS} steps")
+    declared = lab.method.traits.in_turn or lab.method.traits.grows
+    require((len(seen) > 1) == declared, f"traits.in_turn or grows: {declared}; {len(seen)} choices in {TURNS} steps")
 
 
 @check(has_dropout)

@@ -67,6 +67,10 @@ class Graft(nn.Module):
         """Learning-rate multipliers, by name of an own parameter; 1 where not given."""
         return {}
 
+    def born(self) -> dict[str, int]:
+        """The optimizer step at which an own parameter began to train, by name; 0 where not given."""
+        return {}
+
     def run(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         """Call forward with parameters in the dtype of the computation."""
         like = first_tensor((*args, *kwargs.values(), *base.site.module.parameters()))

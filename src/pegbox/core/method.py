@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pegbox.core.site import Site
     from pegbox.core.tuned import Tuned
 
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # of an adapter: A (r, in) and B (out, r), scale and all, by path
 Seam = Literal["weight", "output", "tokens", "taps", "skips", "selection", "mixture", "update", "time"]
 
 
@@ -68,6 +69,11 @@ class Anatomy(Protocol):
 
     def parts(self, path: str) -> Mapping[str, Rows]:
         """The named rows of a whole matrix, by name."""
+
+
+def block_of(path: str, anatomy: Anatomy) -> str:
+    """The block that holds a site; nothing where none does."""
+    return next((block for block in anatomy.blocks if path.startswith(f"{block}.")), "")
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class Traits:
         keeps_base: the base's own tensors never change.
         exact_base: its file leaves out what the base gives, and fits no base that is kept otherwise than in training.
         in_turn: which of its tensors train changes from step to step (`tuned.select`).
+        grows: it takes on tensors while it trains (`pegbox.core.growth`).
         routed: tokens reach those of its tensors that a router gives them; a batch may leave others out, and a rounded
             router may choose otherwise.
         per_row: rows of one batch may use different adapters.
@@ -131,6 +138,7 @@ class Traits:
     keeps_base: bool = True
     exact_base: bool = False
     in_turn: bool = False
+    grows: bool = False
     routed: bool = False
     per_row: bool = True
     packs: bool = True
@@ -288,6 +296,38 @@ class Method:
 
     def calibrate(self, tuned: Tuned, data: Data) -> None:
         """Look at data before training starts, and before there is an optimizer."""
+
+    def tasks_known(self) -> tuple[str, ...]:
+        """Names of the tasks that `task_ids` number, where it has names for them."""
+        return ()
+
+    def check_given(self, values: Mapping[str, Any]) -> None:
+        """Look over what a caller hands to its grafts (`reads`).
+
+        Raises:
+            MethodError: a value that they cannot use.
+        """
+
+    def takes(self) -> Sequence[str]:
+        """Folders of low-rank adapters that it is made from; see `made_from` and `begin`."""
+        return ()
+
+    def made_from(self, adapters: Sequence[Factors]) -> Method:
+        """The same, with what those adapters say, ranks say, in its settings; before it is put on a model."""
+        return self
+
+    def begin(self, tuned: Tuned, name: str, adapters: Sequence[Factors]) -> None:
+        """Take up those adapters, once it has been put on a model under a name; not where it comes from a file."""
+
+    def inherited(self, other: Self, own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a graft starts with that follows on another adapter of this method: tensors by own name.
+
+        Args:
+            other: the other adapter's method, with its settings.
+            own: as they are drawn.
+            theirs: the other adapter's, at the same site.
+        """
+        return dict(theirs)
 
     def before_step(self, tuned: Tuned, step: int, steps: int) -> None:
         """Before the forward of optimizer step `step` (from 0) of `steps`."""

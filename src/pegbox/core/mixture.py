@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pegbox.core.graft import Graft
+from pegbox.core.method import block_of
 from pegbox.core.site import Base
 
 if TYPE_CHECKING:
@@ -35,11 +36,13 @@ class Route:
         logits: (..., E) of the router.
         weights: (..., E) of the experts, zero for those that are not chosen.
         mask: (...) bool, tokens that are no padding; None where all are, or where that is unsaid.
+        tasks: (B,) or (B, T), which expert was made for a row or a token; None where that is unsaid.
     """
 
     logits: Tensor
     weights: Tensor
-    mask: Tensor | None
+    mask: Tensor | None = None
+    tasks: Tensor | None = None
 
     def tokens(self, values: Tensor) -> Tensor:
         """Rows of (..., n) that are no padding, as (tokens, n)."""
@@ -65,6 +68,21 @@ def balance(routes: Sequence[Route]) -> Tensor:
     likely = torch.cat([route.tokens(route.logits.float().softmax(-1)) for route in routes])
     shares = chose.sum(0) / chose.sum().clamp_min(1)
     return chose.shape[-1] * (shares * likely.mean(0)).sum()
+
+
+def known_tasks(routes: Sequence[Route]) -> Tensor | None:
+    """Cross-entropy of the routers' choices against the experts that were made for the tokens, the mean over tokens and
+    sites; None where no task is said."""
+    told = [(route, route.tasks) for route in routes if route.tasks is not None]
+    if not told:
+        return None
+    found = []
+    for route, tasks in told:
+        shape = route.logits.shape[:-1]
+        labels = tasks.to(route.logits.device).view(*tasks.shape, *[1] * (len(shape) - tasks.ndim)).expand(shape)
+        wanted = route.tokens(labels[..., None])[:, 0]
+        found.append(F.cross_entropy(route.tokens(route.logits).float(), wanted))
+    return torch.stack(found).mean()
 
 
 def router(experts: int, in_features: int) -> nn.Parameter:
@@ -103,7 +121,8 @@ class MixtureGraft(Graft):
         weights = chosen(logits, self.most)
         context = base.site.context
         if torch.is_grad_enabled():
-            context.routes[base.site.path] = Route(logits, weights, context.mask_of(logits))
+            tasks = context.read("task_ids")
+            context.routes[base.site.path] = Route(logits, weights, context.mask_of(logits), tasks)
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
         return base.low_rank(x, *self.stacked(), 1.0, dropped=dropped, gate=weights @ self.spread)
 
@@ -120,8 +139,7 @@ def spread_of(ranks: Sequence[int], scales: Sequence[float]) -> Tensor:
 
 def by_block(context: Context) -> list[list[Route]]:
     """The routes of the last forward, those of one block of the model together."""
-    blocks = context.anatomy.blocks
     found: dict[str, list[Route]] = {}
     for path, route in context.routes.items():
-        found.setdefault(next((b for b in blocks if path.startswith(f"{b}.")), ""), []).append(route)
+        found.setdefault(block_of(path, context.anatomy), []).append(route)
     return list(found.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,15 @@ from pegbox.core.adapter import Adapter, SiteAt, State, check_fit
 from pegbox.core.causal_attention import in_blocks
 from pegbox.core.compose import Plan, Stack, Sum, as_plan, chain
 from pegbox.core.context import Context
-from pegbox.core.errors import CannotDisable, CannotMerge, CannotMix, MethodError, SettingsError, did_you_mean
+from pegbox.core.errors import (
+    AdapterError,
+    CannotDisable,
+    CannotMerge,
+    CannotMix,
+    MethodError,
+    SettingsError,
+    did_you_mean,
+)
 from pegbox.core.graft import CopyGraft
 from pegbox.core.method import Anatomy, Method
 from pegbox.core.parts import Assembled, Blocks
@@ -136,6 +144,36 @@ class Tuned(nn.Module):
         self.adapter(name).copies.load_state_dict(copies.state_dict())
         return self if plan is None else self.use(plan)
 
+    @torch.no_grad()
+    def inherit(self, name: str, other: str) -> Self:
+        """Let one adapter start from what another of the same method has learned, as `Method.inherited` says.
+
+        A site, or a module trained whole, that the other does not have keeps its draws.
+
+        Raises:
+            AdapterError: the other is of another method, is at a site where this one is not, or does not fit.
+        """
+        into, of = self.adapter(name), self.adapter(other)
+        if type(into.method) is not type(of.method):
+            raise AdapterError(f"{other!r} is of {of.method.name()}, and {into.method.name()} cannot go on from it")
+        if strange := sorted(of.grafts.keys() - into.grafts.keys()):
+            path = adapters_.path_of(strange[0])
+            raise AdapterError(f"{other!r} changes {path or 'the model'}, which {name!r} does not; use its targets")
+        new = [(dict(into.copies.state_dict()), dict(of.copies.state_dict()))]
+        for key, graft in of.grafts.items():
+            own = dict(into.grafts[key].state_dict())
+            values = into.method.inherited(of.method, own, graft.state_dict())
+            check_fit(values, own, f"what {other!r} has at {adapters_.path_of(key) or 'the model'}")
+            new.append((own, values))
+        if into.shared is not None and of.shared is not None:
+            own, values = dict(into.shared.state_dict()), dict(of.shared.state_dict())
+            check_fit(values, own, f"what the grafts of {other!r} share")
+            new.append((own, values))
+        for own, values in new:
+            for key in own.keys() & values.keys():
+                own[key].copy_(values[key])
+        return self
+
     def use(self, plan: str | Stack | Sum | Sequence[str]) -> Self:
         """Choose what runs: one adapter, `Stack("a", "b")`, or `Sum(a=0.5, b=0.5)`; only these train."""
         plan = as_plan(plan)
@@ -198,11 +236,17 @@ class Tuned(nn.Module):
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """The base's forward.  `labels` is named because trainers look for it in the signature.
 
+        What the adapters in use read from the context may be given here too (`tuned(**batch, task_ids=ids)`).
+
         Raises:
+            MethodError: a value for the context that they cannot use.
             TargetError: in the first forward with a new adapter, a module that has a graft is read and never called.
         """
         if labels is not None:
             kwargs["labels"] = labels
+        if aside := {word: kwargs.pop(word) for word in self._words() if word in kwargs}:
+            with self.given(**aside):
+                return self.forward(*args, **kwargs)
         self.context.mask = _mask(kwargs)
         if torch.compiler.is_compiling():
             return self.model(*args, **kwargs)
@@ -254,18 +298,24 @@ class Tuned(nn.Module):
                 tuned(latents, timesteps, encoder_hidden_states=text)
 
         Raises:
-            MethodError: a name that no adapter in use reads.
+            MethodError: a name that no adapter in use reads, or a value that one cannot use.
         """
-        known = [word for name in self.active for word in self.adapter(name).method.reads]
+        known = self._words()
         if unknown := [word for word in values if word not in known]:
             raise MethodError(
                 f"no adapter in use reads {unknown[0]!r} from the context{did_you_mean(unknown[0], known)}"
             )
+        for name in self.active:
+            self.adapter(name).method.check_given(values)
         before, self.context.given = self.context.given, {**self.context.given, **values}
         try:
             yield
         finally:
             self.context.given = before
+
+    def _words(self) -> list[str]:
+        """What the adapters in use read from the context."""
+        return [word for name in self.active for word in self.adapter(name).method.reads]
 
     @contextlib.contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -333,16 +383,19 @@ class Tuned(nn.Module):
     def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimizer parameter groups: each learning rate and decay once; vectors are not decayed.
 
-        They hold what rests now (see `select`) as well.
+        They hold what rests now (see `select`) as well.  What a growing method has taken on later is in groups of its
+        own, in the order of the steps at which it was `born`.
         """
-        rates = {id(p): rate for name in self.active for p, rate in _rates(self.adapter(name))}
-        grouped: dict[tuple[float, float], dict[str, Any]] = {}
+        grafts = [graft for name in self.active for graft in self.adapter(name).grafts.values()]
+        rates, born = _of_parameters(grafts, "rates"), _of_parameters(grafts, "born")
+        grouped: dict[tuple[int, float, float], dict[str, Any]] = {}
         for key, p in self._ever().items():
-            at = (lr * rates.get(id(p), 1.0), weight_decay if p.ndim > 1 else 0.0)
-            group = grouped.setdefault(at, {"params": [], "names": [], "lr": at[0], "weight_decay": at[1]})
+            at = (int(born.get(id(p), 0)), lr * rates.get(id(p), 1.0), weight_decay if p.ndim > 1 else 0.0)
+            kept = {"params": [], "names": [], "lr": at[1], "weight_decay": at[2], "born": at[0]}
+            group = grouped.setdefault(at, kept)
             group["params"].append(p)
             group["names"].append(key)
-        return list(grouped.values())
+        return sorted(grouped.values(), key=lambda group: group["born"])
 
     def extra_losses(self) -> dict[str, Tensor]:
         """Terms of the loss beside the objective's, by name: of the methods, and what grafts left in the last forward.
@@ -537,12 +590,12 @@ def _untie(model: nn.Module, parameter: nn.Parameter) -> bool:
     return True
 
 
-def _rates(adapter: Adapter) -> list[tuple[nn.Parameter, float]]:
-    """(parameter, learning-rate multiplier) for the grafts that ask for one."""
-    out = []
-    for graft in adapter.grafts.values():
+def _of_parameters(grafts: Iterable[nn.Module], word: Literal["rates", "born"]) -> dict[int, float]:
+    """What grafts say of parameters of their own, by id."""
+    out: dict[int, float] = {}
+    for graft in grafts:
         own = dict(graft.named_parameters())
-        out += [(own[name], rate) for name, rate in graft.rates().items()]  # type: ignore[operator]
+        out |= {id(own[name]): value for name, value in getattr(graft, word)().items()}
     return out
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pegbox.core.errors import SettingsError
 from pegbox.data.encoded import IGNORE, Encoded, EncodedAnswer, EncodedLabel, EncodedPair, EncodedTarget
@@ -105,6 +105,24 @@ class TargetCollator:
             "attention_mask": _padded([[1] * len(row.input_ids) for row in rows], source, 0),
             "labels": _padded([row.labels for row in rows], target, IGNORE),
         }
+
+
+@dataclass(frozen=True)
+class TaskCollator:
+    """As another collator, with `task_ids` (B,), the number of each row's task.
+
+    Args:
+        collate: the other.
+        tasks: of a row, by its id.
+    """
+
+    collate: Callable[[Sequence[Any]], Batch]
+    tasks: Mapping[str, int]
+
+    def __call__(self, rows: Sequence[Any]) -> Batch:
+        import torch
+
+        return {**self.collate(rows), "task_ids": torch.tensor([self.tasks[row.id] for row in rows])}
 
 
 @dataclass(frozen=True)

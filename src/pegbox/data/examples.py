@@ -9,6 +9,8 @@ preference      {"id", "prompt", "chosen", "rejected"}, each a list of messages,
 unpaired        {"id", "prompt", "completion", "label": bool}, "tools"?
 tokenised       {"id", "input_ids", "labels"?, "attention_mask"?}
 image           {"id", "image": path or bytes, "label": name, number, or a list of them}
+
+Any of them has "task" too, a name or a number, where its set has a column of that name.
 """
 
 from __future__ import annotations
@@ -194,7 +196,9 @@ def _example(record: Record, format: Format) -> Example:
         raise record.problem or RowError("no row")
     own = format.id_of(record.row)
     content = format.convert(record.row)
-    return {"id": content_id(content) if own is None else own, **content}
+    task = format.task_of(record.row)
+    named = {} if task is None else {"task": task}
+    return {"id": content_id(content) if own is None else own, **content, **named}
 
 
 def _reject(record: Record, problem: RowError) -> Reject:

@@ -26,6 +26,7 @@ class Format:
     ignored: tuple[str, ...]
     reader: Convert
     has_id: bool = False
+    has_task: bool = False
 
     @property
     def name(self) -> str:
@@ -33,7 +34,8 @@ class Format:
 
     @property
     def used(self) -> tuple[str, ...]:
-        return (*(["id"] if self.has_id else []), *self.columns.values())
+        own = [word for word, has in (("id", self.has_id), ("task", self.has_task)) if has]
+        return (*own, *self.columns.values())
 
     def convert(self, row: Row) -> Example:
         """The canonical example of a row, without its id.
@@ -50,6 +52,10 @@ class Format:
         """The row's own id, where its set has them."""
         value = row.get("id") if self.has_id else None
         return None if value is None or value == "" else text(value, "id")
+
+    def task_of(self, row: Row) -> str | int | None:
+        """The task that a row is of, a name or a number, where its set says so."""
+        return row.get("task") if self.has_task else None
 
     def describe(self) -> str:
         """`alpaca: columns instruction, output used; category ignored`."""
@@ -87,11 +93,17 @@ def _bound(layout: Layout, often: Sequence[str], ever: Sequence[str], rows: Sequ
     bound = layout.bind(ever) | needed
     columns = dict(sorted(bound.items(), key=lambda item: ever.index(item[1])))
     has_id = "id" in ever and "id" not in columns.values()
-    ignored = tuple(column for column in ever if column not in columns.values() and not (column == "id" and has_id))
+    has_task = "task" in ever and "task" not in columns.values() and all(_names_task(row.get("task")) for row in rows)
+    own = [word for word, has in (("id", has_id), ("task", has_task)) if has]
+    ignored = tuple(column for column in ever if column not in columns.values() and column not in own)
     kind, reader = layout.kind, layout.convert
     if layout.learn is not None:
         kind, reader = layout.learn({name: row.get(column) for name, column in columns.items()} for row in rows)
-    return Format(layout, kind, columns, ignored, reader, has_id)
+    return Format(layout, kind, columns, ignored, reader, has_id, has_task)
+
+
+def _names_task(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, int)) and not isinstance(value, bool))
 
 
 def _columns(sample: Sequence[Row]) -> tuple[list[str], list[str]]:

@@ -22,7 +22,7 @@ from pegbox.core import Anatomy, Base, Graft, Preset, Site, Traits, setting
 from pegbox.core.bottleneck import BottleneckGraft, BottleneckMethod, drawn_or_not
 from pegbox.core.errors import SettingsError, TargetError
 from pegbox.core.layout import is_linear
-from pegbox.core.method import split_names
+from pegbox.core.method import block_of, split_names
 from pegbox.core.parts import matrix_shape
 
 MLP, FIRST, LAST = "mlp", "mlp.up", "mlp.down"
@@ -113,7 +113,7 @@ class AdaptFormer(BottleneckMethod):
         role = self._role(site)
         if role is None:
             return AdaptFormerGraft(*_widths(site), self)
-        block = _block(site)
+        block = block_of(site.path, site.context.anatomy)
         if role == FIRST:
             return ReadGraft(shared, block)
         width = site.shape[0]  # the sub-layer's, on both ends
@@ -130,11 +130,6 @@ class AdaptFormer(BottleneckMethod):
         if role is None:
             return self.numbers(*_widths(site))
         return 0 if role == FIRST else self.numbers(site.shape[0], site.shape[0])
-
-
-def _block(site: Site) -> str:
-    """The block that a site is in."""
-    return next(block for block in site.context.anatomy.blocks if site.path.startswith(f"{block}."))
 
 
 def _widths(site: Site) -> tuple[int, int]:

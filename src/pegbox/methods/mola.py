@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from pegbox.core import Site, Traits, Tuned, by_settings, setting
 from pegbox.core.errors import SettingsError
 from pegbox.core.low_rank_start import LowRankMethod, StartedFactors
+from pegbox.core.method import block_of
 from pegbox.core.mixture import MixtureGraft, balance, by_block, router, spread_of
 
 
@@ -93,14 +94,14 @@ class MoLA(LowRankMethod):
         """
         if isinstance(self.experts, int):
             return self.experts
-        blocks = site.context.anatomy.blocks
+        anatomy = site.context.anatomy
+        blocks = anatomy.blocks
         if len(self.experts) != len(blocks):
             raise SettingsError(
                 f"mola.experts lists {len(self.experts)} blocks, and this model has {len(blocks)}; expected one number "
                 "for each block, or one for all"
             )
-        listed = zip(blocks, self.experts, strict=True)
-        return next((count for block, count in listed if site.path.startswith(f"{block}.")), 0)
+        return dict(zip(blocks, self.experts, strict=True)).get(block_of(site.path, anatomy), 0)
 
     def size(self, site: Site) -> int | None:
         experts, (out, in_) = self.experts_at(site), site.shape

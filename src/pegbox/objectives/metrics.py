@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -86,3 +87,17 @@ def recall_of_own(scores: Tensor, k: int) -> float:
     own = scores.diagonal()[:, None]
     better = (scores >= own).sum(1) - 1
     return (better < k).double().mean().item()
+
+
+def delta_m(scores: Mapping[str, float], single: Mapping[str, float], lower: Collection[str] = ()) -> float:
+    """Mean over tasks of the relative change from models of one task each, in percent; above 0 is better.
+
+    Vandenhende et al., 2020, arXiv:2004.13379, as MTLoRA (arXiv:2403.20320) reports it.
+
+    Args:
+        scores: of one model for all tasks, by task.
+        single: of the models of one task, by the same names.
+        lower: tasks whose scores are better when lower, errors say.
+    """
+    gains = [(scores[task] / single[task] - 1) * (-1 if task in lower else 1) for task in single]
+    return 100 * sum(gains) / len(gains)

@@ -16,6 +16,7 @@ from pegbox.core.calibration import Data, Loss
 from pegbox.core.errors import MethodError
 from pegbox.core.headless import unwrap
 from pegbox.train.bypass import check_nothing_is_bypassed
+from pegbox.train.growth import check_growth, follow_growth, follow_schedule, grows
 from pegbox.train.own_state import only_adapters
 from pegbox.train.quantised import allow_quantised
 from pegbox.train.reentrant import drop_own_hooks, is_reentrant, require_input_grads
@@ -81,7 +82,8 @@ class Callback(TrainerCallback):
         """Before the forward of optimizer step `step` (from 0) of `steps`.
 
         Args:
-            optimizer: of the loop; a method that trains its tensors in turn frees what it holds of those that rest.
+            optimizer: of the loop; what it holds of tensors that rest is freed, where a method trains its tensors in
+                turn, and it is given those that a growing method takes on.
 
         Raises:
             MethodError: there is such a method, and no optimizer, or one that was not made from `tuned.groups`.
@@ -90,6 +92,8 @@ class Callback(TrainerCallback):
             method.before_step(self.tuned, step, steps)
         if takes_turns(self.tuned):
             free_resting(self.tuned, optimizer)
+        if grows(self.tuned):
+            follow_growth(self.tuned, optimizer)
 
     def after_step(self, step: int, steps: int) -> None:
         """After optimizer step `step`; the gradients are still there."""
@@ -121,6 +125,8 @@ class Callback(TrainerCallback):
         if takes_turns(self.tuned):
             check_arguments(self.tuned, args)
             all_again(self.tuned)  # where an earlier run was broken off
+        if grows(self.tuned):
+            check_growth(self.tuned, args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,6 +138,7 @@ class Callback(TrainerCallback):
                 "is made, or use pegbox.Trainer"
             )
         check_nothing_is_bypassed(self.tuned)
+        self._follow_schedule(state, kwargs)
         if args.gradient_checkpointing:
             drop_own_hooks(self.tuned.model)
         if is_reentrant(args):
@@ -141,6 +148,11 @@ class Callback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.before_step(state.global_step, state.max_steps, kwargs.get("optimizer"))
+        self._follow_schedule(state, kwargs)
+
+    def _follow_schedule(self, state: TrainerState, kwargs: dict[str, Any]) -> None:
+        if grows(self.tuned):
+            follow_schedule(kwargs["lr_scheduler"], kwargs["optimizer"], state.max_steps)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import IterableDataset
 
 from pegbox import objectives
-from pegbox.core.errors import DataError, ModelError, SettingsError
+from pegbox.core.errors import DataError, ModelError, SettingsError, did_you_mean
 from pegbox.data.collate import (
     AnswerCollator,
     LabelCollator,
@@ -21,6 +21,7 @@ from pegbox.data.collate import (
     PadCollator,
     PairCollator,
     TargetCollator,
+    TaskCollator,
 )
 from pegbox.data.encoded import Rejected
 from pegbox.data.examples import Examples, read, split
@@ -223,6 +224,8 @@ def rows(found: Source, settings: RunSettings, model: nn.Module, tokenizer: Toke
     if settings.packing:
         _check_packing(found, settings, model, method)
     collate = _collator(found.objective, settings, tokenizer)
+    if tasks := _tasks(found, settings, method):
+        collate = TaskCollator(collate, tasks)
     if settings.streaming:
         if found.objective not in LANGUAGE:
             raise SettingsError(f"streaming is for language modelling, not for {found.objective}; set streaming=false")
@@ -242,6 +245,31 @@ def rows(found: Source, settings: RunSettings, model: nn.Module, tokenizer: Toke
         if settings.packing
         else Rows(train, valid, collate, lines)
     )
+
+
+def _tasks(found: Source, settings: RunSettings, method: Method) -> dict[str, int]:
+    """The number of each row's task, by the row's id, for a method that asks for tasks; none where no row has one.
+
+    Raises:
+        DataError: some rows have none, or one that the method does not know.
+    """
+    if "task_ids" not in method.reads:
+        return {}
+    parts = [part for part in (found.train, found.valid) if part is not None and isinstance(part.rows, Sequence)]
+    told: dict[str, Any] = {row["id"]: row.get("task") for part in parts for row in part}
+    given = {task for task in told.values() if task is not None}
+    if not given:
+        return {}
+    if without := [id for id, task in told.items() if task is None]:
+        raise DataError(f"{found.train.source}: row {without[0]} has no task, and others have ({len(without)} of them)")
+    if settings.packing:
+        raise SettingsError(f"{method.name()} takes rows of one task each, and packed rows hold several; packing=false")
+    named = sorted(task for task in given if isinstance(task, str))
+    known = method.tasks_known() or tuple(named)
+    if unknown := [task for task in named if task not in known]:
+        what = f"{found.train.source}: {method.name()} knows no task {unknown[0]!r}"
+        raise DataError(f"{what}{did_you_mean(unknown[0], known)}")
+    return {id: known.index(task) if isinstance(task, str) else task for id, task in told.items()}
 
 
 def _asks_first(found: Source, settings: RunSettings) -> bool:

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pegbox import methods, objectives
-from pegbox.api import tune
+from pegbox import api, methods, objectives
 from pegbox.core import Method, Tuned
 from pegbox.core.errors import SettingsError
 from pegbox.core.fingerprint import fingerprint
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Say = Callable[[Any], None]
+
+EARLIER = "(earlier)"  # name of an adapter that another starts from
 
 # settings that decide what the rows are; a resumed run must have the same
 ROWS = ("max_length", "truncation", "assistant_only", "template", "packing")
@@ -146,7 +147,9 @@ def _tuned(settings: RunSettings, loaded: Loaded, method: Method, say: Say) -> T
     wanted = split_names(settings.also_train)
     named: Sequence[str] = (wanted,) if isinstance(wanted, str) else wanted
     new = _not_selected(loaded, method)
-    tuned = tune(loaded.model, method, also_train=(*named, *new), seed=settings.seed)
+    tuned = api.tune(loaded.model, method, also_train=(*named, *new), seed=settings.seed)
+    if settings.start_from is not None:
+        _follow(tuned, settings.start_from, say)
     if loaded.new:
         say(f"new        {', '.join(loaded.new)}: drawn afresh, trained whole")
     some, all_ = tuned.count()
@@ -154,6 +157,20 @@ def _tuned(settings: RunSettings, loaded: Loaded, method: Method, say: Say) -> T
     say(f"method     {method.name()} ({settled})")
     say(f"parameters {some:,} of {all_:,} train ({100 * some / all_:.3g} %)")
     return tuned
+
+
+def _follow(tuned: Tuned, folder: str, say: Say) -> None:
+    """Start from what an earlier adapter has learned."""
+    (name,) = tuned.active
+    if not tuned.method.traits.keeps_base:
+        raise SettingsError(
+            f"start_from is for adapters, and {tuned.method.name()} trains the base's own tensors; go on with "
+            f"model={folder}, if that holds a whole model, or merge it first"
+        )
+    api.load(tuned, folder, name=EARLIER)
+    tuned.inherit(name, EARLIER)
+    tuned.remove(EARLIER, then=name).train()
+    say(f"start      {folder}")
 
 
 def _not_selected(loaded: Loaded, method: Method) -> list[str]:

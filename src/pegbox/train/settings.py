@@ -32,6 +32,7 @@ class RunSettings:
     objective_settings: Mapping[str, Any] = field(
         default_factory=dict, metadata={"help": "settings of the objective: objective.beta=0.1"}
     )
+    start_from: str | None = setting(None, "folder of an adapter of the same method to start from instead of its draws")
     also_train: str | tuple[str, ...] = setting((), "modules trained whole beside the method; a new head always is")
     warm_start: bool = setting(False, "start a new classifier from the linear probe (Kumar et al., 2022)")
     valid: str | None = setting(None, "held-out examples: a file, a folder, or a hub id")
@@ -96,6 +97,9 @@ ALIASES = {
     "training_type": "method",
     "adapter": "method",
     "peft_type": "method",
+    "adapter_name_or_path": "start_from",
+    "adapters": "start_from",
+    "lora_model_dir": "start_from",
     "lora_modules_to_save": "also_train",
     "modules_to_save": "also_train",
     "additional_target": "also_train",

@@ -143,6 +143,13 @@ class Trainer(transformers.Trainer):
         items = self.accelerator.reduce(torch.stack(counts).sum(0).to(device), "sum")
         return batches, torch.where(items == 0, torch.ones_like(items), items)
 
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """One forward and backward; what adapters read from the context is there for both, as recomputation wants."""
+        words = {word for method in self._acts.methods for word in method.reads}
+        with self.tuned.given(**{word: inputs[word] for word in words & inputs.keys()}):
+            rest = {word: value for word, value in inputs.items() if word not in words}
+            return super().training_step(model, rest, num_items_in_batch)
+
     def finished(self) -> bool:
         """Whether all steps are done, which transformers' loop does not ask before the first one of a resumed run."""
         if self.state.global_step < self.state.max_steps:
