@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench effects mutants peft zoo docs setup clean
+.PHONY: demo test lint bench effects weight-space mutants peft zoo docs setup clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ bench: $(STAMP)  ## paired benchmarks against HF PEFT; rewrites docs/benchmarks.
 effects: $(STAMP)  ## every method's effect on real data (about 15 minutes); rewrites docs/comparison.md
 	$(BIN)/python -m benchmarks.effects
 	$(BIN)/python docs/generate.py
+
+weight-space: $(STAMP)  ## initialisers, growing ranks, experts beside LoRA on three data sets (some hours; goes on where it stopped)
+	$(BIN)/python -m benchmarks.weight_space
 
 mutants: $(STAMP)  ## plant one defect per conformance check and see it caught
 	$(BIN)/python -m tests.mutants

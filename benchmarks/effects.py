@@ -32,7 +32,7 @@ OWN = {
     "parallel.bottleneck": 16,
     "prompt_tuning.tokens": 10,
 }
-APART = ("scedit",)  # edits the skips of a U-Net
+APART = ("scedit", "meteora")  # one edits the skips of a U-Net, the other wants adapters
 
 
 def main() -> int:

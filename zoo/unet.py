@@ -36,7 +36,7 @@ DRAWERS = 20  # of each character; the last two of them are held out
 SHARES = {"garments": 4, "glyphs": 1, "icons": 5}  # how often a picture comes in an epoch
 
 SEED = 0
-STEPS, ROWS, RATE = 9000, 32, 2e-3
+STEPS, ROWS, RATE = 6000, 32, 2e-3
 AVERAGE = 0.998  # decay of the averaged weights, smaller at the beginning
 DROPPED = 0.1  # share of labels
 OBJECTIVE = {"prediction": "v_prediction"}

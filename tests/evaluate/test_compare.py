@@ -234,3 +234,14 @@ def test_mistakes(values: dict[str, Any], changed: dict[str, Any], told: str) ->
 def test_majority() -> None:
     logits = majority(torch.tensor([0, 2, 2]), rows=4, classes=3)
     assert logits.argmax(-1).tolist() == [2] * 4
+
+
+def test_a_method_is_there_twice_under_labels() -> None:
+    settings = compare_settings(
+        {"model": "m", "data": "d", "methods": "lora, pissa=lora, dora", "pissa.start": "pissa", "lora.rank": 4}
+    )
+    found = {label: (type(method).__name__, method) for label, method in built(settings).items()}
+    assert {label: name for label, (name, _) in found.items()} == {"lora": "LoRA", "pissa": "LoRA", "dora": "DoRA"}
+    assert (found["pissa"][1].start, found["lora"][1].rank) == ("pissa", 4)  # type: ignore[attr-defined]
+    with pytest.raises(SettingsError, match="different names"):
+        compare_settings({"model": "m", "data": "d", "methods": "lora,lora=dora"})

@@ -52,6 +52,8 @@ CASES = [
     Case("mola", {"rank": 2, "alpha": 6.0, "experts": 3}, families=("llama", "gpt2", "vit", "nf4", "odd")),
     Case("mola", {"rank": 2, "alpha": 6.0, "experts": (1, 3), "top_k": 1}, families=("llama", "bert")),
     Case("mola", {"rank": 2, "alpha": 3.0, "start": "pissa"}, families=("llama",)),
+    Case("monarch"),
+    Case("monarch", {"blocks": 2, "rank": 3, "start": "random"}, families=("llama", "gpt2")),
     Case("more", {"blocks": 4, "rank": 2}),
     Case("mtlora", {"rank": 4, "scale": 1.5}),
     Case("nlora", {"rank": 4, "alpha": 6.0}),

@@ -152,3 +152,39 @@ def test_what_cannot_follow_is_refused(tmp_path: Path) -> None:
     trainer = pegbox.Trainer(tuned, "sft", args, train_dataset=rows, eval_dataset=rows, data_collator=tiny.COLLATE)
     with pytest.raises(CannotMix, match="ReduceLROnPlateau"):
         trainer.train()
+
+
+def test_factors_are_multiplied_out_and_train_on() -> None:
+    tuned = pegbox.tune(tiny.llama(), "monarch", dense_after=0.5).train()
+    acts, optimizer = pegbox.Callback(tuned), torch.optim.AdamW(tuned.groups(1e-3))
+    steps = 4
+    for step in range(steps):
+        before = tuned(**batch()).logits.detach()
+        acts.before_step(step, steps, optimizer)
+        if step == 2:
+            assert torch.allclose(tuned(**batch()).logits, before, atol=1e-4)
+            assert {key.rpartition(".")[2] for key in tuned.trainable()} == {"whole"}
+        tuned(**batch()).loss.backward()
+        optimizer.step()
+        acts.after_step(step, steps)
+        optimizer.zero_grad()
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, tuned.trainable().values()))
+
+
+def test_a_run_that_is_resumed_after_that_ends_in_the_same_bits(tmp_path: Path) -> None:
+    def trained(resume: str | None = None) -> Any:
+        torch.manual_seed(0)
+        tuned = pegbox.tune(tiny.llama(), "monarch", dense_after=0.4)
+        args = tiny.arguments(tmp_path, max_steps=10, save_strategy="steps", save_steps=6, lr_scheduler_type="cosine")
+        trainer = pegbox.Trainer(tuned, "sft", args, train_dataset=tiny.rows(), data_collator=tiny.COLLATE)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        return tuned
+
+    whole = trained().state()
+    again = trained(str(tmp_path / "checkpoint-6")).state()
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+    loaded = pegbox.load(tiny.llama(), tmp_path)
+    assert loaded.adapter().method.dense_since == 4  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pegbox.core import starts
 from pegbox.core.graft import LowRankGraft, check_rank
 from pegbox.core.low_rank_start import LowRankMethod, at
+from pegbox.core.method import Method
 from pegbox.core.settings import setting
 from pegbox.core.site import Site
 from pegbox.core.starts import Start
@@ -168,9 +169,15 @@ def grow(tuned: Tuned, name: str, sizes: Mapping[str, int], step: int) -> None:
     method: Any = adapter.method
     events = {path: (*method.grown.get(path, ()), (step, size)) for path, size in sizes.items()}
     full = method.left(grafts) <= 0
-    adapter.method = replace(method, grown={**method.grown, **events}, complete=full)
     for graft in grafts.values():
         graft.complete = full
+    newborn(tuned, name, replace(method, grown={**method.grown, **events}, complete=full))
+
+
+def newborn(tuned: Tuned, name: str, method: Method) -> None:
+    """An adapter has other tensors than before, and a method whose settings say so."""
+    adapter = tuned.adapter(name)
+    adapter.method = method
     adapter.trained = frozenset(key for key, p in adapter.own().items() if p.requires_grad)
 
 

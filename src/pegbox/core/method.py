@@ -192,6 +192,7 @@ class Method:
     kinds: ClassVar[tuple[type[nn.Module], ...]] = LINEAR  # MATRIX for a method that maps weights
     reads: ClassVar[tuple[str, ...]] = ()  # names that its grafts look up in the context, see `tuned.given`
     found: ClassVar[tuple[str, ...]] = ()  # settings that data or training finds, ranks say: a checkpoint has others
+    restarts: ClassVar[bool] = True  # what is born while it trains goes through the whole schedule, not its rest
     presets: ClassVar[Mapping[str, Preset]] = {}
     aliases: ClassVar[Mapping[str, str]] = {}  # other words for its settings
     small: ClassVar[Mapping[str, Any]] = {}  # settings that fit models of width 32, where small numbers alone do not

@@ -25,7 +25,9 @@ NOT_HERE = (
 class CompareSettings(RunSettings):
     """What `pegbox compare` takes as `key=value`; the settings of a run that it shares are those of `pegbox train`."""
 
-    methods: str | tuple[str, ...] = setting(("lora", "miss", "bitfit", "full"), "names from `pegbox methods`")
+    methods: str | tuple[str, ...] = setting(
+        ("lora", "miss", "bitfit", "full"), "names from `pegbox methods`, or LABEL=NAME"
+    )
     trials: int = setting(4, "learning rates tried for each method", at_least=1)
     trial_steps: int | None = setting(None, "optimizer steps of a trial; those of a run if not given", at_least=1)
     seeds: int = setting(3, "runs with the best rate, for each method", at_least=1)
@@ -44,9 +46,15 @@ class CompareSettings(RunSettings):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The methods' names as given."""
-        listed = self.methods.split(",") if isinstance(self.methods, str) else self.methods
-        return tuple(name.strip() for name in listed if name.strip())
+        """What the methods are called here: as they are given, or by their labels."""
+        return tuple(label for label, _ in self.listed)
+
+    @property
+    def listed(self) -> list[tuple[str, str]]:
+        """(label, name) of each method; a method may be there twice, under labels, with other settings."""
+        given = self.methods.split(",") if isinstance(self.methods, str) else self.methods
+        parts = [word.strip().partition("=") for word in given if word.strip()]
+        return [(label.strip(), (name or label).strip()) for label, _, name in parts]
 
 
 def compare_settings(values: Mapping[str, Any]) -> CompareSettings:
@@ -99,5 +107,5 @@ def _check_named(made: CompareSettings) -> None:
 
 
 def built(settings: CompareSettings) -> dict[str, Method]:
-    """The methods with their settings, by the name they were given."""
-    return {name: methods.make(name, settings.own.get(name)) for name in settings.names}
+    """The methods with their settings, by what they are called here."""
+    return {label: methods.make(name, settings.own.get(label)) for label, name in settings.listed}

@@ -99,6 +99,7 @@ class TriAdaptLoRA(GrowingMethod):
     orthogonal: float = setting(0.5, "weight of the penalty that keeps directions apart", at_least=0)
 
     traits: ClassVar[Traits] = Traits(seams=("weight", "time"), card="triadaptlora", to_lora=True, grows=True)
+    restarts: ClassVar[bool] = False
     aliases: ClassVar[Mapping[str, str]] = {
         "reference_rank": "rank",
         "init_rank": "first",

@@ -16,7 +16,7 @@ from pegbox.core.calibration import Data, Loss
 from pegbox.core.errors import MethodError
 from pegbox.core.headless import unwrap
 from pegbox.train.bypass import check_nothing_is_bypassed
-from pegbox.train.growth import check_growth, follow_growth, follow_schedule, grows
+from pegbox.train.growth import Share, check_growth, follow_growth, follow_schedule, grows, schedule_of
 from pegbox.train.own_state import only_adapters
 from pegbox.train.quantised import allow_quantised
 from pegbox.train.reentrant import drop_own_hooks, is_reentrant, require_input_grads
@@ -55,6 +55,7 @@ class Callback(TrainerCallback):
         self.tuned, self.save = tuned, save
         self._calibrated = False
         self._reentrant: RemovableHandle | None = None
+        self._schedule: Share | None = None  # of a growing adapter, before anything was born
         allow_quantised(tuned)
         if save:
             only_adapters(tuned)
@@ -138,7 +139,9 @@ class Callback(TrainerCallback):
                 "is made, or use pegbox.Trainer"
             )
         check_nothing_is_bypassed(self.tuned)
-        self._follow_schedule(state, kwargs)
+        if grows(self.tuned):
+            self._schedule = schedule_of(kwargs["lr_scheduler"])
+            self._follow_schedule(state, kwargs)
         if args.gradient_checkpointing:
             drop_own_hooks(self.tuned.model)
         if is_reentrant(args):
@@ -151,8 +154,9 @@ class Callback(TrainerCallback):
         self._follow_schedule(state, kwargs)
 
     def _follow_schedule(self, state: TrainerState, kwargs: dict[str, Any]) -> None:
-        if grows(self.tuned):
-            follow_schedule(kwargs["lr_scheduler"], kwargs["optimizer"], state.max_steps)
+        if self._schedule is not None:
+            scheduler, optimizer = kwargs["lr_scheduler"], kwargs["optimizer"]
+            follow_schedule(self.tuned, scheduler, self._schedule, optimizer, state.max_steps)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

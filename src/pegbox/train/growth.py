@@ -40,14 +40,28 @@ def follow_growth(tuned: Tuned, optimizer: torch.optim.Optimizer | None) -> None
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     first = optimizer.param_groups[0]
     decay = max(group["weight_decay"] for group in optimizer.param_groups)
-    for group in tuned.groups(first.get("initial_lr", first["lr"]), decay):
+    groups = tuned.groups(first.get("initial_lr", first["lr"]), decay)
+    _drop(optimizer, held - {id(p) for group in groups for p in group["params"]})
+    for group in groups:
         if new := [(p, n) for p, n in zip(group["params"], group["names"], strict=True) if id(p) not in held]:
             parameters, names = zip(*new, strict=True)
             optimizer.add_param_group(group | {"params": list(parameters), "names": list(names)})
 
 
-def follow_schedule(scheduler: Any, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Let a schedule of transformers' (a LambdaLR) go through its whole course for each group from its birth on.
+def _drop(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
+    """Let go of parameters that are no more, and of groups of them alone."""
+    if not gone:
+        return
+    for group in optimizer.param_groups:
+        for p in [p for p in group["params"] if id(p) in gone]:
+            optimizer.state.pop(p, None)
+        kept = [(p, n) for p, n in zip(group["params"], group["names"], strict=True) if id(p) not in gone]
+        group["params"], group["names"] = [p for p, _ in kept], [n for _, n in kept]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def schedule_of(scheduler: Any) -> Share:
+    """The function of a schedule of transformers', a LambdaLR.
 
     Raises:
         CannotMix: another kind of schedule.
@@ -55,20 +69,30 @@ def follow_schedule(scheduler: Any, optimizer: torch.optim.Optimizer, steps: int
     inner = getattr(scheduler, "scheduler", scheduler)  # of accelerate's wrapper
     if not isinstance(inner, torch.optim.lr_scheduler.LambdaLR):
         raise CannotMix(
-            f"a growing adapter starts the schedule again for what it takes on, which {type(inner).__name__} cannot "
-            "do; use schedule=linear, cosine, constant, or another function of the step"
+            f"a growing adapter gives the schedule other groups to drive, which {type(inner).__name__} does not take; "
+            "use schedule=linear, cosine, constant, or another function of the step"
         )
-    usual = inner.lr_lambdas[0]
-    for k, group in enumerate(optimizer.param_groups):
-        share = restarted(usual, group["born"], steps) if group.get("born") else usual
-        if k < len(inner.lr_lambdas):
-            inner.lr_lambdas[k] = share
-            continue
-        inner.lr_lambdas.append(share)
-        inner.base_lrs.append(group["lr"])
-        group["initial_lr"] = group["lr"]
-        group["lr"] = group["lr"] * share(inner.last_epoch)
-        inner._last_lr.append(group["lr"])
+    found: Share = inner.lr_lambdas[0]
+    return found
+
+
+def follow_schedule(tuned: Tuned, scheduler: Any, usual: Share, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Let a schedule drive the groups that there are now, from its beginning for those that were born, where the method
+    `restarts`.
+
+    Args:
+        usual: the schedule's function, `schedule_of` before anything was born.
+    """
+    inner = getattr(scheduler, "scheduler", scheduler)
+    again = any(tuned.adapter(name).method.restarts for name in tuned.active)
+    shares = [restarted(usual, g["born"], steps) if g.get("born") and again else usual for g in optimizer.param_groups]
+    for group, share in zip(optimizer.param_groups, shares, strict=True):
+        if "initial_lr" not in group:
+            group["initial_lr"] = group["lr"]
+            group["lr"] = group["lr"] * share(inner.last_epoch)
+    inner.lr_lambdas = shares
+    inner.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    inner._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def grows(tuned: Tuned) -> bool:
