@@ -200,6 +200,30 @@ def _selections() -> list[Pair]:
     ]
 
 
+def _family() -> list[Pair]:
+    """The weight-space family beside our LoRA of as many trained numbers; routed experts beside a loop over them."""
+    bars = (
+        Bar("time of a step, of our LoRA's", ratio("ours.step", "theirs.step"), at_most=1.3),
+        Bar("trained numbers, of our LoRA's", ratio("ours.trained", "theirs.trained")),
+    )
+    loop = Bar("times faster than a loop over experts", ratio("theirs.step", "ours.step"), at_least=2.0)
+    experts = Pair(
+        "experts",
+        "Routed experts, fp32",
+        "experts",
+        {"how": "product", "steps": 5},
+        {"how": "loop", "steps": 5},
+        (loop,),
+    )
+    return [*(_ours(name, "lora", dtype, name, bars, FAMILY) for name in NAMES for dtype in DTYPES), experts]
+
+
+NAMES = (
+    "nlora", "loldu", "more", "monarch", "increlora", "triadaptlora", "diffora", "mola", "mhr", "meteora", "mtlora",
+)  # fmt: skip
+FAMILY = "Beside Pegbox's own LoRA of rank 16 on all linears, with the method's own losses; see benchmarks/training.py."
+
+
 def _quantised() -> Pair:
     """LoRA over a base of four bits, beside LoRA over the same in bfloat16."""
     shared = {"library": "pegbox", "method": "lora", "steps": STEPS, "forward": False}
@@ -365,5 +389,5 @@ def _starting() -> Pair:
 
 def pairs() -> dict[str, Pair]:
     """Every pair by name, in the order of the report."""
-    training = (*_loras(), *_others(), *_selections(), _quantised(), _chat(), *map(_denoising, DTYPES))
+    training = (*_loras(), *_others(), *_selections(), *_family(), _quantised(), _chat(), *map(_denoising, DTYPES))
     return {pair.name: pair for pair in (*training, *map(_decoding, DTYPES), _pretraining(), _starting())}

@@ -18,6 +18,22 @@ LEARNING_RATE = 1e-4
 PROMPT_TOKENS = 20  # of prompts, and pairs a layer of prefixes
 IN_TURN, MOST_STEPS = ("lisa",), 100
 
+# the weight-space family, about as many trained numbers each as LoRA of rank 16 has
+FAMILY: dict[str, dict[str, Any]] = {
+    "eva": {"rank": RANK, "alpha": ALPHA},
+    "nlora": {"rank": RANK, "alpha": ALPHA},
+    "loldu": {"rank": 4 * RANK, "alpha": ALPHA},
+    "more": {"rank": RANK},
+    "monarch": {},
+    "increlora": {"first": RANK, "rank": RANK, "reserve": False},
+    "triadaptlora": {"first": RANK, "rank": RANK},
+    "diffora": {"rank": RANK, "alpha": ALPHA},
+    "mola": {"rank": RANK // 4, "experts": 4},
+    "mhr": {"rank": RANK // 4, "skills": 4},
+    "meteora": {"ranks": (RANK // 4,) * 4, "train": "all", "targets": "all-linear"},
+    "mtlora": {"rank": RANK},
+}
+
 Loss = Callable[[], Tensor]
 Side = Callable[[nn.Module, str], tuple[nn.Module, Loss]]
 
@@ -122,11 +138,12 @@ def _pegbox(model: nn.Module, method: str) -> tuple[nn.Module, Loss]:
         "s2ft": {"down": 0.03},
         "full": {},
         "lisa": {"active": 2, "period": MOST_STEPS},
+        **FAMILY,
     }
     tuned, objective, data = pegbox.tune(model, method, **settings[method]), objectives.get("causal_lm"), batch()
 
     def loss() -> Tensor:
-        losses = list(objective(tuned, data).values())
+        losses = [*objective(tuned, data).values(), *tuned.extra_losses().values()]
         return torch.stack(losses).sum()
 
     return tuned, loss

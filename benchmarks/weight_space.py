@@ -88,7 +88,7 @@ def write_page() -> None:
     parts = [
         "# The weight-space family",
         "",
-        "Initialisers, growing ranks, structured matrices and experts beside LoRA, DoRA, PiSSA, rsLoRA and full tuning:",
+        "Starts, growing ranks, structured matrices and experts beside LoRA, DoRA, PiSSA, rsLoRA and full tuning:",
         f"{BUDGET['trials']} learning rates each, three seeds with the best, the same steps. Made by",
         "`make weight-space`.",
     ]

@@ -8,6 +8,7 @@ from pegbox import checks, methods
 from pegbox.checks import Case, Trial
 
 WITH_MLP = ("llama", "gpt2", "bert", "t5", "vit", "nf4", "int8", "tied", "odd")  # that have mlp.up and mlp.down
+AS_LORA = ("llama", "gpt2", "bert", "t5")  # of methods whose grafts are another's, which has all families
 
 CASES = [
     Case("adaptformer", families=("llama", "gpt2", "t5", "vit", "nf4", "tied", "odd")),
@@ -16,7 +17,7 @@ CASES = [
     Case("bitfit"),
     Case("compacter", {"division": 2, "reduction": 4}),
     Case("compacter", {"division": 2, "reduction": 4, "factorized": False, "share": False}, families=("t5",)),
-    Case("diffora", {"rank": 4, "alpha": 6.0}),
+    Case("diffora", {"rank": 4, "alpha": 6.0}, families=AS_LORA),
     Case(
         "diffora",
         {"rank": 4, "alpha": 6.0, "chosen": ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")},
@@ -24,9 +25,9 @@ CASES = [
     ),
     Case("dora", {"rank": 4, "alpha": 6.0}),
     Case("dora", {"rank": 4, "alpha": 3.0, "start": "pissa"}, families=("llama", "gpt2")),
-    Case("eva", {"rank": 4, "alpha": 6.0}, families=("llama", "gpt2", "bert", "t5")),
+    Case("eva", {"rank": 4, "alpha": 6.0}, families=AS_LORA),
     Case("full"),
-    Case("gradnormlorp", {"rank": 4, "alpha": 6.0, "projection_rank": 2}),
+    Case("gradnormlorp", {"rank": 4, "alpha": 6.0, "projection_rank": 2}, families=AS_LORA),
     Case("gradnormlorp", {"mode": "full"}, families=("llama", "bert")),
     Case("ia3", families=WITH_MLP),
     Case("ia3", {"targets": "all-linear", "inputs": "fold"}, families=("mlp",)),
@@ -38,7 +39,7 @@ CASES = [
     Case("lora", {"rank": 4, "alpha": 3.0, "rslora": True, "b_rate": 16.0}, families=("llama",)),
     Case("lora", {"rank": 4, "alpha": 6.0, "start": "pissa"}, families=("llama", "gpt2", "odd")),
     Case("lora", {"rank": 4, "alpha": 6.0, "start": "olora", "rslora": True}, families=("llama",)),
-    Case("lora_ga", {"rank": 4, "alpha": 3.0}, families=("llama", "gpt2", "bert", "t5")),
+    Case("lora_ga", {"rank": 4, "alpha": 3.0}, families=AS_LORA),
     Case("loldu", {"rank": 4, "alpha": 6.0}),
     Case("loldu", {"rank": 4, "alpha": 2.0, "start": "zeros"}, families=("llama",)),
     Case("meteora", {"targets": "all-linear", "ranks": (2, 3), "train": "all"}),
@@ -55,7 +56,7 @@ CASES = [
     Case("monarch"),
     Case("monarch", {"blocks": 2, "rank": 3, "start": "random"}, families=("llama", "gpt2")),
     Case("more", {"blocks": 4, "rank": 2}),
-    Case("mtlora", {"rank": 4, "scale": 1.5}),
+    Case("mtlora", {"rank": 4, "scale": 1.5}, families=(*AS_LORA, "vit")),
     Case("nlora", {"rank": 4, "alpha": 6.0}),
     Case("nlora", {"rank": 4, "alpha": 6.0, "subtract": True, "rslora": True}, families=("llama", "gpt2", "odd")),
     Case("nlora", {"rank": 4, "alpha": 6.0, "start": "random"}, families=("llama", "bert")),

@@ -6,9 +6,6 @@ import gzip
 import json
 from pathlib import Path
 
-import pytest
-
-from pegbox import zoo
 from pegbox.recipes import plays, shipped
 
 
@@ -22,7 +19,6 @@ def test_shipped_scenes_are_whole() -> None:
     assert "public domain" in (shipped.data(plays.DATA) / "NOTICE").read_text()
 
 
-@pytest.mark.skipif(plays.MODEL not in zoo.names(), reason="nano-llama does not ship yet")
 def test_it_learns_to_write_plays(tmp_path: Path) -> None:
     played = plays.play(tmp_path / "plays", max_steps=12, dtype="float32")
     assert played.before

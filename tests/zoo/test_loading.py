@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import pegbox
 from pegbox import zoo
@@ -73,3 +74,16 @@ def test_every_model_loads_with_its_card(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) > 0
     assert not model.training
     assert len(zoo.card(name)) > 500
+
+
+@pytest.mark.parametrize(
+    "asked", ["What is 12 + 30?", "Say this again: good morning", "How many words are in this: the ship left at dawn"]
+)
+def test_the_model_that_answers_ends_its_turn(asked: str) -> None:
+    model: Any = zoo.load("nano-llama-instruct", dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(zoo.folder("nano-llama-instruct"))
+    turns = [{"role": "user", "content": asked}]
+    given = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**given, max_new_tokens=60, do_sample=False)[0, given["input_ids"].shape[1] :]
+    assert tokenizer.decode(out[-1:]) == "<|end|>"
+    assert tokenizer.decode(out[:-1]).strip()
