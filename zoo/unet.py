@@ -40,7 +40,7 @@ STEPS, ROWS, RATE = 6000, 32, 2e-3
 AVERAGE = 0.998  # decay of the averaged weights, smaller at the beginning
 DROPPED = 0.1  # share of labels
 OBJECTIVE = {"prediction": "v_prediction"}
-GUIDANCE, SAMPLING = 2.0, 50  # of samples: strength, steps
+GUIDANCE, SAMPLING = 2.0, 30  # of samples: strength, steps
 
 DRAWS, MOST, SHOWN = 3, 20, 6  # seeds that are measured; pictures of a class in each; and on the sheet
 KNOWN, NEAR = 0.75, 0.25  # bars: garments known, of as many held-out ones; distance, of that of noise
@@ -206,8 +206,8 @@ def trained(output: Path) -> UNet2DModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """That of the objective's noise."""
-    return DDIMScheduler(prediction_type=OBJECTIVE["prediction"], timestep_spacing="trailing")
+    """That of the objective's noise; unclipped, as guidance overshoots, and what is clipped turns a picture over."""
+    return DDIMScheduler(prediction_type=OBJECTIVE["prediction"], timestep_spacing="trailing", clip_sample=False)
 
 
 @torch.no_grad()

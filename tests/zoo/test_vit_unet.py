@@ -14,10 +14,6 @@ from transformers import AutoImageProcessor
 from pegbox import zoo
 from zoo import unet, vit
 
-pytestmark = pytest.mark.skipif(
-    not {"nano-vit", "nano-unet"} <= set(zoo.names()),
-    reason="nano-vit and nano-unet do not ship yet; zoo/ makes them",
-)
 GARMENTS = ("Trouser", "Bag", "Ankle boot", "Dress")
 
 

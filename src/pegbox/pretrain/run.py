@@ -268,7 +268,7 @@ def _instruct(recipe: Recipe, base: Path, root: Path, stages: Stages) -> Path:
     output, given = Path(recipe.output), recipe.instruct
     made_from = mark(
         base=stages.facts["train"],
-        settings=dataclasses.asdict(given),
+        settings=dataclasses.asdict(dataclasses.replace(given, data=())),  # not where files are, but what they hold
         texts={name: _contents(Path(where)) for name, where in instruct.sources(given, root).items()},
         length=recipe.rows.length,
         seed=recipe.seed,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[Any], None]
 
-EARLIER = "(earlier)"  # name of an adapter that another starts from
+EARLIER = "start_from"  # name of an adapter that another starts from, as messages say it
 
 # settings that decide what the rows are; a resumed run must have the same
 ROWS = ("max_length", "truncation", "assistant_only", "template", "packing")
