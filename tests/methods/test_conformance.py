@@ -89,7 +89,7 @@ CASES = [
         methods.make("series", {"preset": "llm-adapters", "bottleneck": 4, "learn_scale": True, "bias": True}),
         families=("llama",),
     ),
-    Case("triadaptlora", {"rank": 3, "first": 2}),
+    Case("triadaptlora", {"rank": 3, "first": 2, "alpha": 64.0}),
 ]
 
 TRIALS = [trial for case in CASES for trial in checks.plan(case)]
