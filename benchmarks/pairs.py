@@ -347,9 +347,8 @@ PRETRAINING = (
     "nano-llama from random weights (hidden 384, 5 blocks, 6 heads, 2 KV heads, MLP 768, vocabulary 4096, tied), steps "
     "of 16 x 512 tokens by the whole engine of `pegbox pretrain`, Muon, compiled as its recipe has it. The share is 6 "
     "FLOPs a parameter and token over what the same cores make of bfloat16 matrix products alone (2048 x 768 x 768), "
-    "measured before and after; attention's products are not counted. What keeps it below: attention is about a third "
-    "of a step at this width and length, Muon a tenth, and norms, rotations and the gate of the MLP move memory at a "
-    "width of 384 while the matrix units wait."
+    "measured before and after; attention's products are not counted. What keeps it below: those take time, Muon's "
+    "do, and norms, rotations and the gate of the MLP move memory while the matrix units wait."
 )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import pegbox
 from pegbox.checks.lab import shake
 from pegbox.core.errors import AdapterError, MethodError, SettingsError
-from pegbox.core.task_mixture import TaskMixtureGraft as MHRGraft
+from pegbox.core.task_mixture import TaskMixtureGraft
 from pegbox.core.tuned import Tuned
 from pegbox.methods.lora import LoRA
 from pegbox.methods.mhr import MHR
@@ -22,15 +22,15 @@ from .tiny import family, on_linear
 OUT, IN, RANK = 6, 8, 3
 
 
-def layer(**settings: Any) -> tuple[Tuned, MHRGraft, Tensor]:
+def layer(**settings: Any) -> tuple[Tuned, TaskMixtureGraft, Tensor]:
     """One matrix (6, 8) with random values in all that is mixed."""
     tuned, graft, w = on_linear(MHR(targets=".*", rank=RANK, **settings), OUT, IN, seed=None)
-    assert isinstance(graft, MHRGraft)
+    assert isinstance(graft, TaskMixtureGraft)
     shake(tuned, 1, 1.0)
     return tuned, graft, w
 
 
-def by_hand(graft: MHRGraft, w: Tensor, x: Tensor, task: int) -> Tensor:
+def by_hand(graft: TaskMixtureGraft, w: Tensor, x: Tensor, task: int) -> Tensor:
     """A head at a time, a skill at a time: x (t, in) of one task."""
     heads, skills = graft.a.shape[:2]
     z = graft.z[task].view(heads, skills).sigmoid()
@@ -78,7 +78,7 @@ def test_one_skill_and_one_head_are_lora() -> None:
 
 def test_skills_start_almost_alike() -> None:
     _, graft, _ = on_linear(MHR(targets=".*", tasks=3, skills=5, heads=2, rank=RANK), OUT, IN, seed=None)
-    assert isinstance(graft, MHRGraft)
+    assert isinstance(graft, TaskMixtureGraft)
     shares = graft.shares()
     assert torch.allclose(shares.sum(-1), torch.ones(3, 2))
     assert torch.allclose(shares, torch.full((3, 2, 5), 0.2), atol=1e-3)

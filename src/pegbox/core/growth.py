@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pegbox.core import starts
 from pegbox.core.graft import LowRankGraft, check_rank
-from pegbox.core.low_rank_start import LowRankMethod, at
+from pegbox.core.low_rank_start import LowRankMethod, value_at
 from pegbox.core.method import Method
 from pegbox.core.settings import setting
 from pegbox.core.site import Site
@@ -90,7 +90,7 @@ class GrowingMethod(LowRankMethod):
 
     def rank_at(self, path: str) -> int:
         """At the start."""
-        return int(at(self.ranks, path, self.first))
+        return int(value_at(self.ranks, path, self.first))
 
     def factor_at(self, path: str) -> float:
         """s at the start."""
@@ -99,7 +99,7 @@ class GrowingMethod(LowRankMethod):
     def scale_of(self, path: str, rank: int) -> float:
         """s of a site of some rank."""
         counted = self.rank if self.fixed_scale else rank
-        return at(self.alphas, path, self.alpha) / (math.sqrt(counted) if self.rslora else counted)
+        return value_at(self.alphas, path, self.alpha) / (math.sqrt(counted) if self.rslora else counted)
 
     @property
     def started(self) -> Start:

@@ -70,12 +70,12 @@ class LowRankMethod(Method):
 
     def rank_at(self, path: str) -> int:
         """r of a site."""
-        return int(at(self.ranks, path, self.rank))
+        return int(value_at(self.ranks, path, self.rank))
 
     def factor_at(self, path: str) -> float:
         """s of a site."""
         rank = self.rank_at(path)
-        return at(self.alphas, path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return value_at(self.alphas, path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     @property
     def started(self) -> starts.Start:
@@ -137,7 +137,7 @@ class LowRankMethod(Method):
         return {**tensors, **parts}
 
 
-def at(values: Mapping[str, float], path: str, otherwise: float) -> float:
+def value_at(values: Mapping[str, float], path: str, otherwise: float) -> float:
     """The value whose name is a path, the end of it, or a regex over either; as HF PEFT's patterns."""
     return next((v for name, v in values.items() if re.fullmatch(rf"(.*\.)?({name})", path)), otherwise)
 

@@ -10,7 +10,6 @@ The model is a denoiser of diffusers or one that is called like it: `f(x_t, time
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from pegbox.core.errors import DataError
 from pegbox.core.settings import setting
-from pegbox.core.tuned import Tuned
 from pegbox.objectives.batch import field
 from pegbox.objectives.objective import Batch, Losses, Objective, Predictions, Settings
 
@@ -137,12 +135,8 @@ def _normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _said(model: nn.Module, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
     """The model's answer (B, C, H, W), or (B, 2 C, H, W) of one that learns variances."""
-    tuned = next((module for module in model.modules() if isinstance(module, Tuned)), None)
-    aside = tuple(w for name in tuned.active for w in tuned.adapter(name).method.reads) if tuned else ()
-    conditions = {k: v for k, v in batch.items() if k not in (*CLEAN, *DRAWN, *aside)}
-    given = {k: batch[k] for k in aside if k in batch}
-    with tuned.given(**given) if tuned and given else contextlib.nullcontext():
-        out = model(x, timestep=t, **conditions)
+    conditions = {k: v for k, v in batch.items() if k not in (*CLEAN, *DRAWN)}
+    out = model(x, timestep=t, **conditions)  # a tuned model takes what its adapters read
     answer: Tensor = out if isinstance(out, Tensor) else out[0]
     return answer
 

@@ -55,6 +55,7 @@ class Callback(TrainerCallback):
         self.tuned, self.save = tuned, save
         self._calibrated = False
         self._reentrant: RemovableHandle | None = None
+        self._grown = False  # whether the last `before_step` took on tensors
         self._schedule: Share | None = None  # of a growing adapter, before anything was born
         allow_quantised(tuned)
         if save:
@@ -89,11 +90,13 @@ class Callback(TrainerCallback):
         Raises:
             MethodError: there is such a method, and no optimizer, or one that was not made from `tuned.groups`.
         """
-        for method in self.methods:
+        before = self.methods
+        for method in before:
             method.before_step(self.tuned, step, steps)
         if takes_turns(self.tuned):
             free_resting(self.tuned, optimizer)
-        if grows(self.tuned):
+        self._grown = any(now is not then for now, then in zip(self.methods, before, strict=True))
+        if self._grown or (optimizer is None and grows(self.tuned)):
             follow_growth(self.tuned, optimizer)
 
     def after_step(self, step: int, steps: int) -> None:
@@ -151,7 +154,8 @@ class Callback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.before_step(state.global_step, state.max_steps, kwargs.get("optimizer"))
-        self._follow_schedule(state, kwargs)
+        if self._grown:
+            self._follow_schedule(state, kwargs)
 
     def _follow_schedule(self, state: TrainerState, kwargs: dict[str, Any]) -> None:
         if self._schedule is not None:

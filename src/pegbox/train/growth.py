@@ -55,8 +55,10 @@ def _drop(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
     for group in optimizer.param_groups:
         for p in [p for p in group["params"] if id(p) in gone]:
             optimizer.state.pop(p, None)
-        kept = [(p, n) for p, n in zip(group["params"], group["names"], strict=True) if id(p) not in gone]
-        group["params"], group["names"] = [p for p, _ in kept], [n for _, n in kept]
+        kept = [k for k, p in enumerate(group["params"]) if id(p) not in gone]
+        for word in ("params", "names"):
+            if word in group:
+                group[word] = [group[word][k] for k in kept]
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
