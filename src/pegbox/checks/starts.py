@@ -5,17 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from pegbox import anatomy, methods
+from pegbox import methods
 from pegbox.checks.case import small
 from pegbox.checks.check import require
-from pegbox.checks.lab import logits, require_close, require_same_bits
-from pegbox.checks.models import FAMILIES, inputs
-from pegbox.core import files, starts
+from pegbox.checks.lab import Lab, bits, require_close, require_same_bits
+from pegbox.checks.models import FAMILIES
+from pegbox.core import starts
 from pegbox.core.calibration import Data
 from pegbox.core.errors import PegboxError
 from pegbox.core.low_rank_start import LowRankMethod
@@ -41,56 +37,29 @@ def outcome(cls: type[LowRankMethod], start: str) -> str | None:
         CheckFailed: it neither refused nor worked.
     """
     family, what = FAMILIES[FAMILY], f"{cls.name()} from start={start}"
-    torch.manual_seed(0)
-    model = family.build().eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        base = logits(model(**inputs(family.batch(0))))
-    try:
-        method = build(cls, {**small(cls), "start": start}, what=cls.name())
-        tuned = Tuned(model, anatomy.of(model), method).eval()
-        if method.calibrates():
-            method.calibrate(tuned, Data([family.batch(seed) for seed in range(4)]))
-    except PegboxError as refused:
-        return str(refused).partition("\n")[0]
-    require_close(_output(tuned, family), base, f"{what}, at the start", AS_BASE)
-    _train(tuned, family, what)
-    _saved(tuned, family, what)
-    if tuned.method.traits.merge == "exact":
-        want = _output(tuned, family)
-        require_close(_output(tuned.merge(), family), want, f"{what}, merged", AS_BASE)
-        tuned.unmerge()
-    require_same_bits(dict(tuned.detach().state_dict()), before, what)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            lab = Lab(build(cls, {**small(cls), "start": start}, what=cls.name()), family, Path(folder))
+            tuned = lab.tuned()
+            if lab.method.calibrates():
+                lab.method.calibrate(tuned, Data([lab.batch(seed) for seed in range(4)]))
+        except PegboxError as refused:
+            return str(refused).partition("\n")[0]
+        _works(lab, tuned, what)
     return None
 
 
-@torch.no_grad()
-def _output(model: Any, family: Any) -> Tensor:
-    return logits(model(**inputs(family.batch(0))))
-
-
-def _train(tuned: Tuned, family: Any, what: str) -> None:
-    optimizer = tuned.method.optimizer(tuned.groups(RATE)) or torch.optim.AdamW(tuned.groups(RATE))
-    losses = []
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss = family.loss(tuned, 0)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+def _works(lab: Lab, tuned: Tuned, what: str) -> None:
+    before = bits(lab.model())
+    require_close(lab.output(tuned), lab.output(lab.model()), f"{what}, at the start", AS_BASE)
+    losses = lab.train(tuned, STEPS, lr=RATE, optimizer=tuned.method.optimizer(tuned.groups(RATE)))
     require(losses[-1] < losses[0], f"{what}: the loss went from {losses[0]:.4f} to {losses[-1]:.4f}")
-
-
-def _saved(tuned: Tuned, family: Any, what: str) -> None:
-    want = _output(tuned, family)
-    with tempfile.TemporaryDirectory() as folder:
-        tuned.save(folder)
-        torch.manual_seed(0)
-        model = family.build().eval()
-        again = Tuned(model, anatomy.of(model))
-        file = methods.read(Path(folder), model)
-        files.put(file, again, methods.get(file.method), "default")
-        require_close(_output(again.eval(), family), want, f"{what}, loaded")
+    want = lab.output(tuned)
+    require_close(lab.output(lab.load(lab.save(tuned), lab.model())), want, f"{what}, loaded")
+    if tuned.method.traits.merge == "exact":
+        require_close(lab.output(tuned.merge()), want, f"{what}, merged", AS_BASE)
+        tuned.unmerge()
+    require_same_bits(bits(tuned.detach()), before, what)
 
 
 def all_starts() -> list[str]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pegbox.updates.closures import evaluated
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """Steps both; its groups and state are theirs, so schedules, saving and loading know of one optimizer only.
@@ -54,10 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """As of any optimizer; a parameter without a gradient stays as it is."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         self._muon.step()
         self._adamw.step()
         return loss

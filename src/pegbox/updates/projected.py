@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from pegbox.core.errors import MissingExtra, SettingsError
+from pegbox.updates.closures import evaluated
 
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
 BLOCK = 256  # values that share a scale in 8 bits; Dettmers et al., 2022, arXiv 2110.02861, use 2048, bitsandbytes 256
@@ -103,10 +104,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """As of any optimizer; a parameter without a gradient stays as it is."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
