@@ -86,7 +86,7 @@ def test_skills_start_almost_alike() -> None:
 
 @pytest.mark.parametrize(
     ("ids", "words"),
-    [([0, 3], "0..2, the tasks of mhr, got 3"), ([0.5, 1], "whole numbers"), ([0, 1, 2], "3 task_ids were given for")],
+    [([0, 3], "0..2, as mhr.tasks is 3, got 3"), ([0.5, 1], "got 0.5"), ([0, 1, 2], "3 task_ids were given for")],
 )
 def test_a_wrong_task_is_refused(ids: list[float], words: str) -> None:
     tuned, _, _ = layer(tasks=3, heads=1)

@@ -110,7 +110,7 @@ class MHR(Method):
             return
         ids = torch.as_tensor(values["task_ids"]).reshape(-1)
         if wrong := [k for k in ids.tolist() if not (isinstance(k, int) and 0 <= k < self.tasks)]:
-            raise MethodError(f"task_ids must be whole numbers 0..{self.tasks - 1}, the tasks of mhr, got {wrong[0]}")
+            raise MethodError(f"task_ids must be 0..{self.tasks - 1}, as mhr.tasks is {self.tasks}, got {wrong[0]}")
 
     def inherited(self, other: Self, own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         skills = {name: theirs[name] for name in ("a", "b")}

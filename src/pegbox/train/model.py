@@ -244,11 +244,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _models_near(folder: Path, name: str) -> str:
-    """The tail of an error: model folders in `folder` whose names are near."""
+    """The tail of an error: model folders in `folder`, and models of the zoo, whose names are near."""
     while not folder.is_dir() and folder != folder.parent:
         folder, name = folder.parent, folder.name
     found = [str(path.parent.relative_to(folder)) for path in sorted(folder.glob("*/config.json"))]
-    return f" (models in {folder}{did_you_mean(name, found)})" if found else f" ({folder} holds no model folder)"
+    here = f"models in {folder}{did_you_mean(name, found)}" if found else f"{folder} holds no model folder"
+    return f" ({here}; models that come with Pegbox{did_you_mean(name, zoo.names())})"
 
 
 def first_line(error: Exception) -> str:
