@@ -16,14 +16,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DATA, DOCS, RUN = ROOT.parent / "shared" / "data", ROOT / "docs", ROOT / "runs" / "weight_space"
-BUDGET: dict[str, Any] = {"trials": 3, "seeds": 3, "dtype": "float32"}
+BUDGET: dict[str, Any] = {"trials": 3, "seeds": 3}
+SENTENCES: dict[str, Any] = {"model": "minilm", "trial_steps": 50, "max_steps": 100, "batch_size": 32, "max_length": 64}
 STUDIES: dict[str, dict[str, Any]] = {
-    "banking77": {"model": "minilm", "data": "banking77/train.jsonl.gz", "test": "banking77/test.jsonl.gz"}
-    | {"limit": 3000, "max_steps": 150, "batch_size": 32, "max_length": 64},
-    "sst2": {"model": "minilm", "data": "sst2/train.jsonl.gz", "test": "sst2/dev.jsonl"}
-    | {"limit": 3000, "max_steps": 150, "batch_size": 32, "max_length": 64},
-    "gsm8k": {"model": "nano-llama", "data": RUN / "gsm8k.jsonl", "objective": "sft"}
-    | {"max_steps": 100, "batch_size": 8, "max_length": 256, "packing": True, "test_share": 0.1},
+    "banking77": SENTENCES
+    | {"data": "banking77/train.jsonl.gz", "test": "banking77/test.jsonl.gz", "valid_share": 0.06},
+    "sst2": SENTENCES | {"data": "sst2/train.jsonl.gz", "test": "sst2/dev.jsonl", "valid_share": 0.1},
+    "gsm8k": {"model": "nano-llama", "data": RUN / "gsm8k.jsonl", "objective": "sft", "test_share": 0.1}
+    | {"trial_steps": 30, "max_steps": 60, "batch_size": 8, "max_length": 256, "packing": True},
 }
 RANK = {"rank": 8, "alpha": 16.0}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,10 +31,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rslora": ("lora", RANK | {"rslora": True}),
     "pissa": ("lora", RANK | {"start": "pissa"}),
     "dora": ("dora", RANK),
-    "full": ("full", {}),
     "eva": ("eva", RANK),
     "lora_ga": ("lora_ga", RANK),
     "nlora": ("nlora", RANK),
+    "slora": ("slora", RANK),
+    "inttune": ("inttune", {"rank": 64, "alpha": 64.0}),
     "loldu": ("loldu", {"rank": 64, "alpha": 64.0}),
     "more": ("more", {}),
     "increlora": ("increlora", RANK | {"first": 2, "wait": 10, "every": 5, "top": 12}),
@@ -45,6 +46,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "mhr": ("mhr", {"rank": 2, "skills": 4, "heads": 4}),
     "mtlora": ("mtlora", {"rank": 8, "scale": 2.0}),
 }
+RATES = {"inttune": 3e-3, "loldu": 1e-2}  # few numbers, each the size of a whole term
+FULL: dict[str, tuple[str, dict[str, Any]]] = {"full": ("full", {})}  # apart, in float32: its weights are the base's
 
 
 def main(names: list[str]) -> None:
@@ -52,25 +55,27 @@ def main(names: list[str]) -> None:
         raise SystemExit(f"there is no study {unknown[0]!r}; expected some of {', '.join(STUDIES)}")
     for name in names or STUDIES:
         print(f"# {name}", flush=True)
-        (RUN / f"{name}.md").write_text(compared(name))
-    write_page()
+        adapters = compared(name, name, METHODS, dtype="bfloat16", rates=RATES)
+        full = compared(name, f"{name}_full", FULL, dtype="float32")
+        (RUN / f"{name}.md").write_text(f"{adapters}\n{full}")
+        write_page()
 
 
-def compared(name: str) -> str:
+def compared(name: str, folder: str, methods: dict[str, tuple[str, dict[str, Any]]], **more: Any) -> str:
     """The table of one study."""
     from pegbox.evaluate.compare import compare
     from pegbox.evaluate.compare_settings import compare_settings
 
     RUN.mkdir(parents=True, exist_ok=True)
-    study = STUDIES[name] | {"methods": tuple(f"{label}={of}" for label, (of, _) in METHODS.items())}
+    study = STUDIES[name] | {"methods": tuple(f"{label}={of}" for label, (of, _) in methods.items())}
     for key in ("data", "test"):
         if isinstance(study.get(key), str):
             study[key] = str(DATA / study[key])
     if name == "gsm8k":
         _write_questions(Path(study["data"]))
         study["data"] = str(study["data"])
-    own = {label: settings for label, (_, settings) in METHODS.items() if settings}
-    return compare(compare_settings(BUDGET | study | {"own": own, "output": str(RUN / name)})).markdown()
+    own = {label: settings for label, (_, settings) in methods.items() if settings}
+    return compare(compare_settings(BUDGET | study | {"own": own, "output": str(RUN / folder)} | more)).markdown()
 
 
 def _write_questions(path: Path) -> None:
@@ -89,8 +94,8 @@ def write_page() -> None:
         "# The weight-space family",
         "",
         "Starts, growing ranks, structured matrices and experts beside LoRA, DoRA, PiSSA, rsLoRA and full tuning:",
-        f"{BUDGET['trials']} learning rates each, three seeds with the best, the same steps. Made by",
-        "`make weight-space`.",
+        f"{BUDGET['trials']} learning rates each, three seeds with the best, the same steps; adapters in float32 on a",
+        "base in bfloat16, full tuning in float32. Made by `make weight-space`.",
     ]
     for name in STUDIES:
         if (RUN / f"{name}.md").exists():
