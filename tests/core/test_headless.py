@@ -466,8 +466,9 @@ def test_compiled_step_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     guarded = GuardBuilder.TYPE_MATCH
 
     def collected(self: GuardBuilder, guard: Any) -> Any:
-        others.clear()
-        gc.collect()
+        if others:
+            others.clear()
+            gc.collect()
         return guarded(self, guard)
 
     monkeypatch.setattr(GuardBuilder, "TYPE_MATCH", collected)

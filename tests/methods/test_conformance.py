@@ -9,6 +9,8 @@ from pegbox.checks import Case, Trial
 
 WITH_MLP = ("llama", "gpt2", "bert", "t5", "vit", "nf4", "int8", "tied", "odd")  # that have mlp.up and mlp.down
 AS_LORA = ("llama", "gpt2", "bert", "t5")  # of methods whose grafts are another's, which has all families
+# of low-rank updates that are made in another way: at other kinds of sites docs/sites.md tries every method
+LOW_RANK = (*AS_LORA, "nf4", "odd")
 
 CASES = [
     Case("adaptformer", families=("llama", "gpt2", "t5", "vit", "nf4", "tied", "odd")),
@@ -31,7 +33,7 @@ CASES = [
     Case("gradnormlorp", {"mode": "full"}, families=("llama", "bert")),
     Case("ia3", families=WITH_MLP),
     Case("ia3", {"targets": "all-linear", "inputs": "fold"}, families=("mlp",)),
-    Case("increlora", {"rank": 3, "step": 2, "alpha": 32.0}),
+    Case("increlora", {"rank": 3, "step": 2, "alpha": 32.0}, families=LOW_RANK),
     Case("increlora", {"rank": 3, "first": 2, "reserve": False, "fixed_scale": True}, families=("llama", "bert")),
     Case("lisa", {"active": 1, "period": 2}),
     Case("ladder", {"reduction": 4, "heads": 2}),
@@ -40,11 +42,11 @@ CASES = [
     Case("lora", {"rank": 4, "alpha": 6.0, "start": "pissa"}, families=("llama", "gpt2", "odd")),
     Case("lora", {"rank": 4, "alpha": 6.0, "start": "olora", "rslora": True}, families=("llama",)),
     Case("lora_ga", {"rank": 4, "alpha": 3.0}, families=AS_LORA),
-    Case("loldu", {"rank": 4, "alpha": 6.0}),
+    Case("loldu", {"rank": 4, "alpha": 6.0}, families=LOW_RANK),
     Case("loldu", {"rank": 4, "alpha": 2.0, "start": "zeros"}, families=("llama",)),
-    Case("meteora", {"targets": "all-linear", "ranks": (2, 3), "train": "all"}),
+    Case("meteora", {"targets": "all-linear", "ranks": (2, 3), "train": "all"}, families=LOW_RANK),
     Case("meteora", {"targets": "all-linear", "ranks": (2, 3, 2), "train": "all"}, families=("llama", "bert")),
-    Case("mhr", {"rank": 2, "skills": 2, "heads": 2, "alpha": 6.0}),
+    Case("mhr", {"rank": 2, "skills": 2, "heads": 2, "alpha": 6.0}, families=LOW_RANK),
     Case("mhr", {"rank": 4, "skills": 3, "heads": 2}, families=("llama", "gpt2")),
     Case("mhr", {"rank": 2, "train": "average", "heads": 1, "alpha": 6.0}, families=("llama",)),
     Case("miss", {"rank": 5}),
@@ -57,7 +59,7 @@ CASES = [
     Case("monarch", {"blocks": 2, "rank": 3, "start": "random"}, families=("llama", "gpt2")),
     Case("more", {"blocks": 4, "rank": 2}),
     Case("mtlora", {"rank": 4, "scale": 1.5}, families=(*AS_LORA, "vit")),
-    Case("nlora", {"rank": 4, "alpha": 6.0}),
+    Case("nlora", {"rank": 4, "alpha": 6.0}, families=LOW_RANK),
     Case("nlora", {"rank": 4, "alpha": 6.0, "subtract": True, "rslora": True}, families=("llama", "gpt2", "odd")),
     Case("nlora", {"rank": 4, "alpha": 6.0, "start": "random"}, families=("llama", "bert")),
     Case("nlora", {"rank": 4, "alpha": 6.0, "train": "middle"}, families=("llama", "t5", "nf4")),
@@ -89,7 +91,7 @@ CASES = [
         methods.make("series", {"preset": "llm-adapters", "bottleneck": 4, "learn_scale": True, "bias": True}),
         families=("llama",),
     ),
-    Case("triadaptlora", {"rank": 3, "first": 2, "alpha": 64.0}),
+    Case("triadaptlora", {"rank": 3, "first": 2, "alpha": 64.0}, families=LOW_RANK),
 ]
 
 TRIALS = [trial for case in CASES for trial in checks.plan(case)]

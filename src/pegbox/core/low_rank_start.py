@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -77,7 +78,7 @@ class LowRankMethod(Method):
         rank = self.rank_at(path)
         return value_at(self.alphas, path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
-    @property
+    @cached_property
     def started(self) -> starts.Start:
         """The start.
 

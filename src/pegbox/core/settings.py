@@ -10,6 +10,7 @@ A constructor only stores; `build` coerces and checks, and `schema` renders the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -102,6 +103,7 @@ def default(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 

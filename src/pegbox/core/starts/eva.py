@@ -9,8 +9,9 @@ a layer gets as many as it has among them, none perhaps.  alpha grows with the r
 everywhere.  rho = 1 leaves every rank as it is.
 
 Directions are found batch after batch (incremental PCA, centred, by a drawn SVD), until those that are kept turn by
-less than arccos tau, or `batches` have been seen.  Layers with equal inputs share one search.  `whiten` divides each
-direction by the root of its singular value.
+less than arccos tau, or `batches` have been seen.  Layers with equal inputs share one search.  HF PEFT asks for the
+sign too, so that it may look at some batches more, and goes on until all rest.  `whiten` divides each direction by the
+root of its singular value.
 """
 
 from __future__ import annotations
