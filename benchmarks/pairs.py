@@ -215,7 +215,12 @@ def _family() -> list[Pair]:
         {"how": "loop", "steps": 5},
         (loop,),
     )
-    return [*(_ours(name, "lora", dtype, name, bars, FAMILY) for name in NAMES for dtype in DTYPES), experts]
+    search = Bar("of a forward pass over the batches it looks at", value("ours.forwards"), at_most=2.0)
+    calibration = Pair(
+        "calibration", "EVA's search, fp32", "calibration", {}, None, (search, Bar("batches", value("ours.batches")))
+    )
+    family = (_ours(name, "lora", dtype, name, bars, FAMILY) for name in NAMES for dtype in DTYPES)
+    return [*family, experts, calibration]
 
 
 NAMES = (

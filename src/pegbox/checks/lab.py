@@ -19,6 +19,7 @@ from pegbox.checks.models import Batch, Family, answer, inputs
 from pegbox.core import files
 from pegbox.core.errors import PegboxError
 from pegbox.core.method import Method
+from pegbox.core.seeding import drawn_from
 from pegbox.core.tuned import Tuned
 
 FP32 = 1e-5  # largest difference, relative to the largest value
@@ -48,8 +49,7 @@ class Lab:
 
     def model(self, seed: int = 0) -> nn.Module:
         """A base in eval mode, the same bits whenever asked for."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with drawn_from(seed):
             return self.family.build().eval()
 
     def tuned(

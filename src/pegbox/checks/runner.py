@@ -22,6 +22,7 @@ from pegbox.checks.report import Report, Result, Status
 from pegbox.checks.when import has_its_needs, lacks_a_need
 from pegbox.core.errors import PegboxError, SettingsError, did_you_mean
 from pegbox.core.method import Method
+from pegbox.core.seeding import drawn_from
 
 Subject = str | type[Method] | Method | Case
 
@@ -148,8 +149,7 @@ def attempt(trial: Trial) -> Result:
 
 def _failure(trial: Trial) -> str | None:
     """Why the check failed, or None."""
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder, drawn_from(0), torch.enable_grad():
         try:
             trial.check.test(Lab(trial.method, trial.family, Path(folder)))
         except CheckFailed as failed:

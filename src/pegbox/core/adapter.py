@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -18,6 +16,7 @@ from pegbox.core.graft import CopyGraft, Graft
 from pegbox.core.layout import is_linear
 from pegbox.core.method import Anatomy, Method
 from pegbox.core.parts import Part, assemble, chosen_rows, parse
+from pegbox.core.seeding import seeded
 from pegbox.core.site import ModuleSite, Site
 
 State = dict[str, Tensor]
@@ -169,23 +168,6 @@ def check_plain(model: nn.Module, path: str, why: str, names: tuple[str, ...] | 
             "leave it out with exclude, train it by a method that maps weights (lora), or load the model without "
             "quantising it"
         )
-
-
-@contextlib.contextmanager
-def seeded(seed: int, word: str) -> Iterator[None]:
-    """Draw from generators made of a seed and a word, and leave the global ones as they were."""
-    digest = hashlib.sha256(f"{seed}/{word}".encode()).digest()
-    generators = [torch.default_generator]
-    if torch.cuda.is_initialized():
-        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
-    states = [g.get_state() for g in generators]
-    for generator in generators:
-        generator.manual_seed(int.from_bytes(digest[:7], "little"))
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def _once(named: Iterable[tuple[str, T]]) -> dict[str, T]:

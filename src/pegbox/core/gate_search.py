@@ -16,9 +16,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from pegbox.core.adapter import seeded
 from pegbox.core.calibration import Batch, Data
 from pegbox.core.errors import MethodError
+from pegbox.core.seeding import seeded
 from pegbox.core.tuned import Tuned
 
 HELD = 64  # batches that are kept, for data that ends before the search does

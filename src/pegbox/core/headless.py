@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pegbox.core.adapter import seeded
 from pegbox.core.cross_entropy import (
     CHUNK_BYTES,
     LogitRule,
@@ -30,6 +29,7 @@ from pegbox.core.cross_entropy import (
     chunked_token_losses,
 )
 from pegbox.core.errors import ModelError
+from pegbox.core.seeding import seeded
 from pegbox.core.tuned import Tuned
 
 WRAPPED_AS = ("_orig_mod", "_fsdp_wrapped_module")  # child names of torch.compile's and FSDP1's wrappers

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from pegbox import anatomy, objectives
 from pegbox.api import tune
 from pegbox.core import Method, Tuned
-from pegbox.core.adapter import check_plain, seeded
+from pegbox.core.adapter import check_plain
 from pegbox.core.errors import MethodError, SettingsError, TargetError
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import split_names
+from pegbox.core.seeding import seeded
 from pegbox.data.examples import Examples, read, split
 from pegbox.evaluate import memory
 from pegbox.objectives.objective import Objective

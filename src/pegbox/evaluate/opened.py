@@ -17,9 +17,9 @@ from torch import nn
 import pegbox
 from pegbox import methods
 from pegbox.core import files
-from pegbox.core.adapter import seeded
 from pegbox.core.errors import ModelError
 from pegbox.core.files import AdapterFile
+from pegbox.core.seeding import seeded
 from pegbox.core.tuned import Tuned
 from pegbox.train.model import LOADERS, load, locate, why_unread
 from pegbox.train.quantised import check_available, in_few_bits

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pegbox.core.seeding import seeded
 from pegbox.core.settings import setting
 from pegbox.core.starts import Start
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pegbox.core.calibration import Data
     from pegbox.core.tuned import Tuned
 
-MORE, NITER = 2, 4  # the drawn SVD: times the directions that are wanted; iterations
+MORE, NITER = 2, 2  # the drawn SVD: times the directions that are wanted; iterations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +130,7 @@ class Directions:
         if self.seen:
             parts += [self.values[:, None] * self.vectors, between**0.5 * (self.mean - mean)[None]]
         stacked = torch.cat(parts)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0, "directions"):
             _, values, vectors = torch.svd_lowrank(stacked, min(MORE * self.count, *stacked.shape), niter=NITER)
         before, self.vectors, self.values = self.vectors, vectors.T[: self.count].contiguous(), values[: self.count]
         if self.seen:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pegbox.core.errors import SettingsError
+from pegbox.core.seeding import seeded
 from pegbox.core.settings import setting
 from pegbox.core.site import Site
 from pegbox.core.starts import Start
@@ -51,7 +52,6 @@ class LoRAGA(Start):
         return super().factors(site, rank, scale)
 
     def look(self, tuned: Tuned, name: str, data: Data) -> None:
-        from pegbox.core.adapter import seeded
         from pegbox.core.low_rank_start import LowRankMethod, started
         from pegbox.core.observe import gradients
 
