@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DATA, DOCS, RUN = ROOT.parent / "shared" / "data", ROOT / "docs", ROOT / "runs" / "weight_space"
-BUDGET: dict[str, Any] = {"trials": 3, "seeds": 3}
+BUDGET: dict[str, Any] = {"trials": 4, "seeds": 3}
 SENTENCES: dict[str, Any] = {"model": "minilm", "trial_steps": 50, "max_steps": 100, "batch_size": 32, "max_length": 64}
 STUDIES: dict[str, dict[str, Any]] = {
     "banking77": SENTENCES
@@ -46,7 +46,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "mhr": ("mhr", {"rank": 2, "skills": 4, "heads": 4}),
     "mtlora": ("mtlora", {"rank": 8, "scale": 2.0}),
 }
-RATES = {"inttune": 3e-3, "loldu": 1e-2}  # few numbers, each the size of a whole term
+RATE = 1.78e-3  # the middle of the grid: 3.2e-4 .. 1e-2
+RATES = dict.fromkeys(METHODS, RATE) | {
+    "lora_ga": 5.62e-4,  # starts near where the gradient leads
+    "inttune": 5.34e-3,  # few numbers, each the size of a whole term
+    "loldu": 5.62e-3,
+}
 FULL: dict[str, tuple[str, dict[str, Any]]] = {"full": ("full", {})}  # apart, in float32: its weights are the base's
 
 
