@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench effects weight-space mutants peft zoo docs setup clean
+.PHONY: demo test lint bench effects weight-space many-tasks mutants peft zoo docs setup clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,9 @@ effects: $(STAMP)  ## every method's effect on real data (about 15 minutes); rew
 
 weight-space: $(STAMP)  ## initialisers, growing ranks, experts beside LoRA on three data sets (some hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.weight_space
+
+many-tasks: $(STAMP)  ## new tasks from few examples, and choosing between adapters (about an hour; goes on where it stopped)
+	$(BIN)/python -m benchmarks.many_tasks
 
 mutants: $(STAMP)  ## plant one defect per conformance check and see it caught
 	$(BIN)/python -m tests.mutants

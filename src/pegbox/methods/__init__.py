@@ -58,6 +58,8 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olora": ("lora", {"start": "olora"}),
     "slora": ("nlora", {"preset": "slora"}),
     "inttune": ("nlora", {"preset": "inttune"}),
+    "poly": ("mhr", {"preset": "poly"}),
+    "polytropon": ("mhr", {"preset": "poly"}),
 }
 
 # settings as other tools write them: name -> ours

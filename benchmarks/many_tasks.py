@@ -1,0 +1,292 @@
+"""Methods for many tasks, on nano-llama: learning a new task from few examples, and choosing between adapters.
+
+    python -m benchmarks.many_tasks            # `make many-tasks`, about an hour; goes on where it stopped
+
+`new` tunes on many small tasks together, then on 32 examples of a task that was not among them: MHR, Poly, one LoRA
+for all tasks, and a LoRA that starts from nothing.  `choice` trains an adapter for each of some tasks, then MeteoRA's
+gates over all of them, and asks which adapter a token of a held-out row is given to.  Writes docs/many-tasks.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import random
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo import instruct_data
+
+ROOT = Path(__file__).parents[1]
+DATA, DOCS, RUN = ROOT.parent / "shared" / "data", ROOT / "docs", ROOT / "runs" / "many_tasks"
+SEEDS, RATES = (1, 2, 3), (1e-3, 1e-2)
+SEEN, FEW, JUDGED = 150, 32, 150  # rows of a task: learned together, learned later, held out
+NEW = ("banking77", "sectors", "last word", "minus")
+TOGETHER = {"learning_rate": 3e-3, "max_steps": 250, "batch_size": 16}
+LATER = {"max_steps": 30, "batch_size": 16}
+ALIKE: dict[str, Any] = {"rank": 4, "alpha": 4.0, "skills": 4}
+MANY: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {"rank": 16, "alpha": 16.0}),
+    "poly": ("poly", ALIKE),
+    "mhr": ("mhr", ALIKE | {"heads": 8}),
+}
+# what is tuned on the new task: from which of MANY, and with what changed
+FROM: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "LoRA, from nothing": (None, {}),
+    "LoRA, of all tasks": ("lora", {}),
+    "Poly": ("poly", {}),
+    "MHR": ("mhr", {}),
+    "Poly, the routing alone": ("poly", {"train": "routing"}),
+    "MHR-z, the routing alone": ("mhr", {"train": "routing"}),
+    "Poly, the skills' mean": ("poly", {"train": "average"}),
+    "MHR-mu, the skills' mean": ("mhr", {"train": "average"}),
+}
+EXPERTS = ("banking77", "feelings", "slots", "capitals", "plus", "word problems")
+EXPERT = {"rank": 8, "alpha": 16.0}
+ALONE = {"learning_rate": 3e-3, "max_steps": 80, "batch_size": 16}
+GATES = {"learning_rate": 3e-3, "max_steps": 80, "batch_size": 16}
+Row = dict[str, Any]
+
+
+def main(names: list[str]) -> None:
+    parts: dict[str, Callable[[], str]] = {"new": new_tasks, "choice": choosing}
+    if unknown := [name for name in names if name not in parts]:
+        raise SystemExit(f"there is no part {unknown[0]!r}; expected some of {', '.join(parts)}")
+    for name in names or parts:
+        RUN.mkdir(parents=True, exist_ok=True)
+        (RUN / f"{name}.md").write_text(parts[name]())
+    head = [
+        "# Many tasks",
+        "",
+        f"On nano-llama, {len(SEEDS)} seeds; the loss of answers in nats a token, ± half a 95 % interval over seeds.",
+        "Made by `make many-tasks`.",
+    ]
+    told = [(RUN / f"{name}.md").read_text().strip() for name in parts if (RUN / f"{name}.md").exists()]
+    (DOCS / "many-tasks.md").write_text("\n".join(head) + "\n\n" + "\n\n".join(told) + "\n")
+
+
+# -- new tasks -----------------------------------------------------------------------------------------------------
+
+
+def new_tasks() -> str:
+    """A table: how well each way learns each new task."""
+    tasks = all_tasks()
+    seen = [name for name in tasks if name not in NEW]
+    together = written("together", [row for name in seen for row in tasks[name][:SEEN]])
+    found: dict[str, dict[str, list[float]]] = {way: {task: [] for task in NEW} for way in FROM}
+    best: dict[str, float] = {}
+    for seed in SEEDS:
+        starts = {name: _together(name, together, len(seen), seed) for name in MANY}
+        for way in FROM:
+            rates = RATES if seed == SEEDS[0] else (best[way],)
+            tried = {rate: [_later(way, task, tasks[task], starts, rate, seed) for task in NEW] for rate in rates}
+            best[way] = min(tried, key=lambda rate: sum(tried[rate]))
+            for task, loss in zip(NEW, tried[best[way]], strict=True):
+                found[way][task].append(loss)
+    lines = [
+        f"## A new task from {FEW} examples",
+        "",
+        f"{len(seen)} tasks together, {TOGETHER['max_steps']} steps; then {LATER['max_steps']} steps on each of "
+        f"{len(NEW)} others, of two learning rates the better by the first seed. Equal numbers in the adapters "
+        "(four skills of rank 4, or one LoRA of rank 16).",
+        "",
+        f"| | rate | {' | '.join(NEW)} | mean |",
+        "| --- | ---: |" + " ---: |" * (len(NEW) + 1),
+    ]
+    for way, by_task in found.items():
+        means = [statistics.mean(losses) for losses in zip(*by_task.values(), strict=True)]
+        cells = [spelled(losses) for losses in (*by_task.values(), means)]
+        lines.append(f"| {way} | {best[way]:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _together(name: str, data: Path, tasks: int, seed: int) -> Path:
+    """The folder of an adapter that has seen all tasks."""
+    method, settings = MANY[name]
+    more = {"tasks": tasks} if name != "lora" else {}
+    folder = RUN / f"{name}-{seed}"
+    once(f"together {name} {seed}", trained, folder, data, None, method, settings | more, seed, TOGETHER)
+    return folder
+
+
+def _later(way: str, task: str, rows: Sequence[Row], starts: Mapping[str, Path], rate: float, seed: int) -> float:
+    """The loss on a task's held-out rows after its few examples."""
+    of, changes = FROM[way]
+    method, settings = MANY[of or "lora"]
+    few = written(f"few {task} {seed}", random.Random(seed).sample(rows[JUDGED:], FEW))
+    held = written(f"held {task}", rows[:JUDGED])
+    more = LATER | {"learning_rate": rate} | ({"start_from": str(starts[of])} if of else {})
+    name = f"later {way} {task} {rate:g} {seed}"
+    return once(name, trained, RUN / "later", few, held, method, settings | changes, seed, more)
+
+
+# -- choosing ------------------------------------------------------------------------------------------------------
+
+
+def choosing() -> str:
+    """A table: MeteoRA beside each task's own adapter, and how often its gates choose that one."""
+    tasks = all_tasks()
+    parts = {name: (tasks[name][JUDGED:], written(f"held {name}", tasks[name][:JUDGED])) for name in EXPERTS}
+    found: dict[str, list[list[float]]] = {name: [] for name in EXPERTS}
+    for seed in SEEDS:
+        for name, losses in _chosen(parts, seed).items():
+            found[name].append(losses)
+    lines = [
+        "## Choosing between adapters",
+        "",
+        f"An adapter for each of {len(EXPERTS)} tasks, {ALONE['max_steps']} steps; then MeteoRA's gates on rows of all "
+        f"of them, {GATES['max_steps']} steps, the adapters as they are. Chosen: of the tokens of held-out rows and of "
+        f"the layers, the share whose first choice is the task's own adapter (by chance {1 / len(EXPERTS):.0%}).",
+        "",
+        "| task | base | another's adapter | MeteoRA | its own adapter | chosen |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, losses in found.items():
+        base, other, own, gated, chosen = ([seed[k] for seed in losses] for k in range(5))
+        share = f"{statistics.mean(chosen):.0%}"
+        lines.append(f"| {name} | {' | '.join(map(spelled, (base, other, gated, own)))} | {share} |")
+    return "\n".join(lines)
+
+
+def _chosen(parts: Mapping[str, tuple[Sequence[Row], Path]], seed: int) -> dict[str, list[float]]:
+    """By task: the losses of the base, another's adapter, its own, the gates; and the share of right choices."""
+    folders = {name: RUN / f"expert-{name.replace(' ', '-')}-{seed}" for name in EXPERTS}
+    for name, (rows, _) in parts.items():
+        data = written(f"expert {name}", rows)
+        once(f"expert {name} {seed}", trained, folders[name], data, None, "lora", EXPERT, seed, ALONE)
+    data, gates = written("gates", [row for rows, _ in parts.values() for row in rows[:SEEN]]), RUN / f"gates-{seed}"
+    given = {"adapters": [str(folder) for folder in folders.values()], "names": list(EXPERTS)}
+    once(f"gates {seed}", trained, gates, data, None, "meteora", given, seed, GATES)
+    found = {}
+    for place, (name, (_, held)) in enumerate(parts.items()):
+        other = folders[EXPERTS[(place + 1) % len(EXPERTS)]]
+        found[name] = [
+            once(f"loss base {name} {seed}", judged, folders[name], held, True),
+            once(f"loss other {name} {seed}", judged, other, held, False),
+            once(f"loss own {name} {seed}", judged, folders[name], held, False),
+            once(f"loss gates {name} {seed}", judged, gates, held, False),
+            once(f"right {name} {seed}", right, gates, held, place),
+        ]
+    return found
+
+
+def right(folder: Path, held: Path, place: int) -> float:
+    """The share of tokens and layers whose gate likes an expert best."""
+    from pegbox.evaluate.opened import open_adapter
+
+    opened = open_adapter(str(folder))
+    assert opened.tokenizer is not None
+    hits: list[float] = []
+    for line in held.read_text().splitlines()[:50]:
+        turns = json.loads(line)["messages"]
+        inputs = opened.tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+        opened.tuned(**inputs)
+        routes = opened.tuned.context.routes.values()
+        hits += [route.logits.argmax(-1).eq(place).float().mean().item() for route in routes]
+    return statistics.mean(hits)
+
+
+def judged(folder: Path, held: Path, before: bool) -> float:
+    """The loss of an adapter, or of its base, on held-out rows."""
+    from pegbox.evaluate.evaluate import EvalSettings, evaluate
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = evaluate(EvalSettings(adapter=str(folder), data=str(held), objective="sft"))
+    return (found.before if before else found.after)["nll"].mean
+
+
+# -- what both do --------------------------------------------------------------------------------------------------
+
+
+def trained(
+    folder: Path, data: Path, held: Path | None, method: str, own: Mapping[str, Any], seed: int, more: Mapping[str, Any]
+) -> float:
+    """Train into a folder; the loss on held-out rows, 0 without."""
+    from pegbox.train.run import train
+    from pegbox.train.settings import run_settings
+
+    shutil.rmtree(folder, ignore_errors=True)
+    values = {"model": "nano-llama", "data": str(data), "method": method, "method_settings": own, "seed": seed}
+    values |= {"objective": "sft", "max_length": 256, "dtype": "bfloat16", "output": str(folder), **more}
+    if held is not None:
+        values["valid"] = str(held)
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = train(run_settings(values))
+    return float(result.metrics.get("loss", 0.0))
+
+
+def once(key: str, make: Callable[..., float], *args: Any) -> float:
+    """A number that is kept under a key; made, by a call, if it is not there yet."""
+    file = RUN / "results.json"
+    kept: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    if key not in kept:
+        kept[key] = make(*args)
+        print(f"{key}: {kept[key]:.4f}", flush=True)
+        file.write_text(json.dumps(kept, indent=1) + "\n")
+    return kept[key]
+
+
+def written(name: str, rows: Iterable[Row]) -> Path:
+    """A file of rows."""
+    path = RUN / f"{name.replace(' ', '-')}.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def spelled(values: Sequence[float]) -> str:
+    """Mean and half a 95 % interval, by Student's t."""
+    half = {2: 12.71, 3: 4.30}[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ± {half:.3f}"
+
+
+def all_tasks() -> dict[str, list[Row]]:
+    """Conversations by task, in a drawn order: intents by domain, feelings, slots, words, sums, sectors."""
+    with gzip.open(DATA / "clinc150/train.jsonl.gz", "rt", encoding="utf-8") as file:
+        domains = {row["label"].replace("_", " "): row["domain"] for row in map(json.loads, file)}
+
+    def of_clinc(asked: str, answer: str) -> str:
+        return domains.get(answer, "")
+
+    def of_snips(asked: str, answer: str) -> str:
+        return "slots" if asked.startswith("What is the ") else "intents"
+
+    def of_words(asked: str, answer: str) -> str:
+        openings = {
+            "How many": "count",
+            "Say this": "repeat",
+            "Write this": "capitals",
+            "What is the first": "first word",
+        }
+        return next((name for words, name in openings.items() if asked.startswith(words)), "last word")
+
+    def of_sums(asked: str, answer: str) -> str:
+        return "plus" if "+" in asked else "minus"
+
+    makers: dict[Any, Callable[[str, str], str]] = {
+        instruct_data.clinc150: of_clinc,
+        instruct_data.snips: of_snips,
+        instruct_data.words: of_words,
+        instruct_data.sums: of_sums,
+        instruct_data.goemotions: lambda asked, answer: "feelings",
+        instruct_data.banking77: lambda asked, answer: "banking77",
+        instruct_data.sectors: lambda asked, answer: "sectors",
+        instruct_data.gsm8k: lambda asked, answer: "word problems",
+    }
+    found: dict[str, list[Row]] = {}
+    for make, name_of in makers.items():
+        for turns in make(DATA, random.Random(0)):
+            if name := name_of(turns[0]["content"], turns[1]["content"]):
+                found.setdefault(name, []).append({"messages": turns, "task": name})
+    for rows in found.values():
+        random.Random(0).shuffle(rows)
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
