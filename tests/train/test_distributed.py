@@ -9,7 +9,7 @@ import torch
 
 import pegbox
 
-from . import distributed, tiny
+from . import distributed, distributed_starts, tiny
 from .launch import in_two_processes
 
 
@@ -27,3 +27,17 @@ def test_two_processes_reach_the_loss_of_one(tmp_path: Path) -> None:
             assert torch.allclose(value, theirs.state()[key], atol=1e-3), key
         held = {path.name for path in (tmp_path / name / "checkpoint-10").iterdir()}
         assert not held & {"pytorch_model_fsdp.bin", "model.safetensors"}  # no base
+
+
+def test_two_processes_start_from_what_the_first_has_found(tmp_path: Path) -> None:
+    found = in_two_processes("distributed_starts.py", tmp_path)
+    for method in distributed_starts.METHODS:
+        settings, values = distributed_starts.started(method, seed=0)
+        other, _ = distributed_starts.started(method, seed=1)
+        assert found[method]["same"]
+        assert found[method]["settings"] == repr(settings)
+        assert found[method]["values"].keys() == values.keys()
+        for key, value in values.items():
+            torch.testing.assert_close(torch.tensor(found[method]["values"][key]), torch.tensor(value))
+        assert method == "lora_ga" or other != settings, "alone they find different ones"
+    assert found["steps"] == 2

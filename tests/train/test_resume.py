@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,19 @@ def test_killed_at_any_step_a_run_resumes_to_the_same_bits(base: Path, tmp_path:
         for i in range(len(places)):
             assert_same(outcome(tmp_path / f"{kind}{i}"), outcome(tmp_path / kind))
     assert not list(tmp_path.glob("*/.unfinished/*"))
+
+
+@pytest.mark.parametrize("method", ["eva", "lora_ga", "diffora"])
+def test_what_was_found_before_training_is_not_looked_for_again(base: Path, tmp_path: Path, method: str) -> None:
+    """Ranks, sites, factors: a resumed run has them from its checkpoint, the same bits after it."""
+    own = {"method.search_steps": 4} if method == "diffora" else {"method.start_settings": {"batches": 4}}
+    given = settings(base, tmp_path, method=method, **own) | {"rank": 2}
+    train(run_settings(given))
+    before = outcome(tmp_path)
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    train(run_settings(given | {"resume": "auto"}))
+    assert_same(outcome(tmp_path), before)
 
 
 def press_ctrl_c(self: Progress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

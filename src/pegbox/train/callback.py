@@ -15,6 +15,7 @@ from pegbox.core import Method, Tuned
 from pegbox.core.calibration import Data, Loss
 from pegbox.core.errors import MethodError
 from pegbox.core.headless import unwrap
+from pegbox.train.agreement import take_the_firsts
 from pegbox.train.bypass import check_nothing_is_bypassed
 from pegbox.train.growth import Share, check_growth, follow_growth, follow_schedule, grows, schedule_of
 from pegbox.train.own_state import only_adapters
@@ -71,6 +72,8 @@ class Callback(TrainerCallback):
     def calibrate(self, batches: Iterable[Mapping[str, Any]], loss: Loss | None = None) -> None:
         """Let methods look at data; before an optimizer is made, since they may choose what trains.
 
+        Of several processes each looks at its own batches, and all go on from what the first has found.
+
         Args:
             batches: as the model takes them.
             loss: of the model on a batch; that of the model's output if None.
@@ -78,6 +81,7 @@ class Callback(TrainerCallback):
         data = Data(batches, loss)
         for method in self.methods:
             method.calibrate(self.tuned, data)
+        take_the_firsts(self.tuned)
         self._calibrated = True
 
     def before_step(self, step: int, steps: int, optimizer: torch.optim.Optimizer | None = None) -> None:
