@@ -63,6 +63,33 @@ class Adapter(nn.Module):
         """Parameters and buffers of the grafts by state key."""
         return {_state_key(name): value for name, value in _once(self.state_dict(keep_vars=True).items()).items()}
 
+    @torch.no_grad()
+    def inherit(self, other: Adapter, called: str) -> None:
+        """Take over what another adapter of the same method has learned, as `Method.inherited` says.
+
+        Raises:
+            AdapterError: it is of another method, is at a site where this one is not, or does not fit.
+        """
+        if type(self.method) is not type(other.method):
+            raise AdapterError(f"{called} is of {other.method.name()}, and {self.method.name()} cannot go on from it")
+        if strange := sorted(other.grafts.keys() - self.grafts.keys()):
+            raise AdapterError(
+                f"{called} changes {path_of(strange[0]) or 'the model'}, and this one does not: use its targets"
+            )
+        new = [(dict(self.copies.state_dict()), dict(other.copies.state_dict()))]
+        for key, graft in other.grafts.items():
+            own = dict(self.grafts[key].state_dict())
+            values = self.method.inherited(other.method, own, graft.state_dict())
+            check_fit(values, own, f"what {called} has at {path_of(key) or 'the model'}")
+            new.append((own, values))
+        if self.shared is not None and other.shared is not None:
+            own, values = dict(self.shared.state_dict()), dict(other.shared.state_dict())
+            check_fit(values, own, f"what the grafts of {called} share")
+            new.append((own, values))
+        for own, values in new:
+            for key in own.keys() & values.keys():
+                own[key].copy_(values[key])
+
 
 def build(
     method: Method, model: nn.Module, anatomy: Anatomy, site_at: SiteAt, *, also_train: Iterable[str], seed: int

@@ -16,7 +16,6 @@ from pegbox.core.causal_attention import in_blocks
 from pegbox.core.compose import Plan, Stack, Sum, as_plan, chain
 from pegbox.core.context import Context
 from pegbox.core.errors import (
-    AdapterError,
     CannotDisable,
     CannotMerge,
     CannotMix,
@@ -144,7 +143,6 @@ class Tuned(nn.Module):
         self.adapter(name).copies.load_state_dict(copies.state_dict())
         return self if plan is None else self.use(plan)
 
-    @torch.no_grad()
     def inherit(self, name: str, other: str) -> Self:
         """Let one adapter start from what another of the same method has learned, as `Method.inherited` says.
 
@@ -153,25 +151,7 @@ class Tuned(nn.Module):
         Raises:
             AdapterError: the other is of another method, is at a site where this one is not, or does not fit.
         """
-        into, of = self.adapter(name), self.adapter(other)
-        if type(into.method) is not type(of.method):
-            raise AdapterError(f"{other!r} is of {of.method.name()}, and {into.method.name()} cannot go on from it")
-        if strange := sorted(of.grafts.keys() - into.grafts.keys()):
-            path = adapters_.path_of(strange[0])
-            raise AdapterError(f"{other!r} changes {path or 'the model'}, which {name!r} does not; use its targets")
-        new = [(dict(into.copies.state_dict()), dict(of.copies.state_dict()))]
-        for key, graft in of.grafts.items():
-            own = dict(into.grafts[key].state_dict())
-            values = into.method.inherited(of.method, own, graft.state_dict())
-            check_fit(values, own, f"what {other!r} has at {adapters_.path_of(key) or 'the model'}")
-            new.append((own, values))
-        if into.shared is not None and of.shared is not None:
-            own, values = dict(into.shared.state_dict()), dict(of.shared.state_dict())
-            check_fit(values, own, f"what the grafts of {other!r} share")
-            new.append((own, values))
-        for own, values in new:
-            for key in own.keys() & values.keys():
-                own[key].copy_(values[key])
+        self.adapter(name).inherit(self.adapter(other), f"the adapter {other!r}")
         return self
 
     def use(self, plan: str | Stack | Sum | Sequence[str]) -> Self:
