@@ -62,7 +62,8 @@ def main(names: list[str]) -> None:
         print(f"# {name}", flush=True)
         adapters = compared(name, name, METHODS, dtype="bfloat16", rates=RATES)
         full = compared(name, f"{name}_full", FULL, dtype="float32")
-        (RUN / f"{name}.md").write_text(f"{adapters}\n{full}")
+        tried = by_rate(RUN / name / "trials.jsonl", STUDIES[name]["trial_steps"])
+        (RUN / f"{name}.md").write_text(f"{adapters}\n{full}\n{tried}")
         write_page()
 
 
@@ -81,6 +82,23 @@ def compared(name: str, folder: str, methods: dict[str, tuple[str, dict[str, Any
         study["data"] = str(study["data"])
     own = {label: settings for label, (_, settings) in methods.items() if settings}
     return compare(compare_settings(BUDGET | study | {"own": own, "output": str(RUN / folder)} | more)).markdown()
+
+
+def by_rate(log: Path, steps: int) -> str:
+    """What each learning rate had come to when it was chosen from, method by method: who is quick where."""
+    runs = [json.loads(line) for line in log.read_text().splitlines()]
+    tried = {(r["run"]["method"], r["run"]["rate"]): r["valid"] for r in runs if r["run"]["stage"] == "trial"}
+    rates = sorted({rate for _, rate in tried})
+    lines = [
+        f"On the validation rows after {steps} steps, by learning rate:",
+        "",
+        f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |",
+        "| --- |" + " ---: |" * len(rates),
+    ]
+    for method in dict.fromkeys(name for name, _ in tried):
+        cells = (f"{tried[method, rate]:.3f}" if (method, rate) in tried else "" for rate in rates)
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _write_questions(path: Path) -> None:
