@@ -14,28 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.models import DTYPES
+
 EXPERTS, RANK, CHOSEN = 8, 8, 2
 WIDTH, TOKENS = 1024, 4096
 
 
-def measure(how: str, steps: int) -> dict[str, Any]:
-    """Median seconds of a forward and backward.
+def measure(how: str, dtype: str, steps: int) -> dict[str, Any]:
+    """Median seconds of a forward and backward, and what is above those of the layer without experts.
 
     Args:
         how: `product`, Pegbox's MeteoRA, or `loop`.
+        dtype: of layer and tokens, a key of DTYPES; experts and router are float32.
     """
     torch.manual_seed(0)
-    layer = nn.Linear(WIDTH, WIDTH, bias=False)
-    x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
-    call = _product(layer) if how == "product" else _loop(layer)
-    seconds = [_timed(lambda: call(x).square().mean().backward()) for _ in range(steps + 1)]
-    return {"step": statistics.median(seconds[1:]), "steps": seconds[1:]}
+    layer = nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False).to(DTYPES[dtype])
+    x = torch.randn(1, TOKENS, WIDTH, dtype=DTYPES[dtype], requires_grad=True)
+    bare = _median(layer, x, steps)
+    step = _median(_product(layer) if how == "product" else _loop(layer), x, steps)
+    return {"step": step, "bare": bare, "above": step - bare}
 
 
-def _timed(call: Any) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _median(call: Any, x: Tensor, steps: int) -> float:
+    """Of all but the first."""
+    seconds, gradient = [], torch.randn_like(x)
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        call(x).backward(gradient)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 def _product(layer: nn.Linear) -> Any:
@@ -47,7 +54,6 @@ def _product(layer: nn.Linear) -> Any:
 
 def _loop(layer: nn.Linear) -> Any:
     """The tokens of each expert taken out, multiplied, and added back."""
-    layer.requires_grad_(False)
     router = nn.Parameter(torch.randn(EXPERTS, WIDTH) * WIDTH**-0.5)
     a = [nn.Parameter(torch.randn(RANK, WIDTH) * WIDTH**-0.5) for _ in range(EXPERTS)]
     b = [nn.Parameter(torch.zeros(WIDTH, RANK)) for _ in range(EXPERTS)]
@@ -55,11 +61,11 @@ def _loop(layer: nn.Linear) -> Any:
     def call(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         y = layer(rows)
-        values, places = (rows @ router.T).topk(CHOSEN, dim=-1)
-        weights = values.softmax(-1)
+        values, places = (rows @ router.T.to(x.dtype)).float().topk(CHOSEN, dim=-1)
+        weights = values.softmax(-1).to(x.dtype)
         for expert in range(EXPERTS):
             token, rank = (places == expert).nonzero(as_tuple=True)
-            made = F.linear(F.linear(rows[token], a[expert]), b[expert])
+            made = F.linear(F.linear(rows[token], a[expert].to(x.dtype)), b[expert].to(x.dtype))
             y = y.index_add(0, token, weights[token, rank, None] * made)
         return y.view(x.shape)
 
