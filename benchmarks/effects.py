@@ -3,13 +3,14 @@
     python -m benchmarks.effects            # every method that a sentence encoder takes: `make effects`, 15 minutes
     python -m benchmarks.effects --of-demo  # quote what `make demo` has just written, in the README too
 
-Writes docs/comparison.md and docs/results/effects.json, from which the methods' pages quote.
+Writes docs/comparison.md and docs/results/effects/comparison.json, from which the methods' pages quote.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -68,11 +69,21 @@ def quote(table: str, command: str) -> None:
     """Write the page of all methods, and the line of each for its own page."""
     title = f"# Comparison\n\n{SETTING} Made by `{command}`.\n\n"
     (DOCS / "comparison.md").write_text(title + table)
+    record("comparison", command, "comparison.md", SETTING, rows_of(table))
+
+
+def record(name: str, command: str, page: str, setting: str, tables: Mapping[str, str]) -> None:
+    """Leave what methods' own pages quote: a table for each."""
+    folder = DOCS / "results" / "effects"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {"command": command, "page": page, "setting": setting, "methods": dict(tables)}
+    (folder / f"{name}.json").write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
+def rows_of(table: str) -> dict[str, str]:
+    """The rows of a Markdown table by what their first cell names, each under the table's head."""
     header, rule, *rows = [line for line in table.splitlines() if line.startswith("|")]
-    lines = {row.split("|")[1].strip(" *"): f"{header}\n{rule}\n{row}" for row in rows}
-    (DOCS / "results").mkdir(exist_ok=True)
-    record = {"command": command, "setting": SETTING, "methods": lines}
-    (DOCS / "results" / "effects.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return {row.split("|")[1].strip(" *"): f"{header}\n{rule}\n{row}" for row in rows}
 
 
 if __name__ == "__main__":

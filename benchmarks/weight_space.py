@@ -4,7 +4,7 @@
     python -m benchmarks.weight_space banking77  # one of them
 
 Every method gets as many learning rates around its usual one, then three seeds with the best; sizes near one another.
-Writes docs/weight-space.md.
+Writes docs/weight-space.md, and what methods' own pages quote of it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.effects import record, rows_of
+
 ROOT = Path(__file__).parents[1]
 DATA, DOCS, RUN = ROOT.parent / "shared" / "data", ROOT / "docs", ROOT / "runs" / "weight_space"
 BUDGET: dict[str, Any] = {"trials": 4, "seeds": 3}
 SENTENCES: dict[str, Any] = {"model": "minilm", "trial_steps": 50, "max_steps": 100, "batch_size": 32, "max_length": 64}
+ABOUT = {
+    "banking77": "all-MiniLM-L6-v2 on banking77, a new classifier beside the adapter, 100 steps of 32 sentences",
+    "sst2": "all-MiniLM-L6-v2 on SST-2, a new classifier beside the adapter, 100 steps of 32 sentences",
+    "gsm8k": "nano-llama on GSM8K's shorter solutions, 60 steps of 8 x 256 tokens, the loss of the answers",
+}
 STUDIES: dict[str, dict[str, Any]] = {
     "banking77": SENTENCES
     | {"data": "banking77/train.jsonl.gz", "test": "banking77/test.jsonl.gz", "valid_share": 0.06},
@@ -25,6 +32,7 @@ STUDIES: dict[str, dict[str, Any]] = {
     "gsm8k": {"model": "nano-llama", "data": RUN / "gsm8k.jsonl", "objective": "sft", "test_share": 0.1}
     | {"trial_steps": 30, "max_steps": 60, "batch_size": 8, "max_length": 256, "packing": True},
 }
+PAGE = "weight-space.md"
 RANK = {"rank": 8, "alpha": 16.0}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", RANK),
@@ -64,6 +72,7 @@ def main(names: list[str]) -> None:
         full = compared(name, f"{name}_full", FULL, dtype="float32")
         tried = by_rate(RUN / name / "trials.jsonl", STUDIES[name]["trial_steps"])
         (RUN / f"{name}.md").write_text(f"{adapters}\n{full}\n{tried}")
+        record(f"weight_space_{name}", "make weight-space", PAGE, f"{ABOUT[name]}.", by_method(adapters, full))
         write_page()
 
 
@@ -82,6 +91,19 @@ def compared(name: str, folder: str, methods: dict[str, tuple[str, dict[str, Any
         study["data"] = str(study["data"])
     own = {label: settings for label, (_, settings) in methods.items() if settings}
     return compare(compare_settings(BUDGET | study | {"own": own, "output": str(RUN / folder)} | more)).markdown()
+
+
+def by_method(adapters: str, full: str) -> dict[str, str]:
+    """Rows of both tables under their heads, by the method that labels stand for."""
+    from pegbox import methods
+
+    found: dict[str, str] = {}
+    known = METHODS | FULL
+    for label, table in (rows_of(adapters) | rows_of(full)).items():
+        if label in known:
+            name = methods.get(known[label][0]).name()
+            found[name] = f"{found[name]}\n{table.splitlines()[-1]}" if name in found else table
+    return found
 
 
 def by_rate(log: Path, steps: int) -> str:
@@ -122,8 +144,8 @@ def write_page() -> None:
     ]
     for name in STUDIES:
         if (RUN / f"{name}.md").exists():
-            parts += ["", f"## {name}", "", (RUN / f"{name}.md").read_text().strip()]
-    (DOCS / "weight-space.md").write_text("\n".join(parts) + "\n")
+            parts += ["", f"## {name}", "", f"{ABOUT[name]}.", "", (RUN / f"{name}.md").read_text().strip()]
+    (DOCS / PAGE).write_text("\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

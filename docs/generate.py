@@ -17,7 +17,7 @@ from pegbox import methods
 from pegbox.catalogue import describe
 
 DOCS = Path(__file__).parent
-EFFECTS = DOCS / "results" / "effects.json"
+EFFECTS = DOCS / "results" / "effects"  # a record of each experiment: its setting, its command, its page, its tables
 PEFT_CHECKS = DOCS / "results" / "peft_checks.json"
 BEGIN, END = "<!-- generated from the code: do not edit below -->", "<!-- end of the generated part -->"
 
@@ -118,16 +118,14 @@ def traits_table(entry: Mapping[str, Any]) -> str:
 
 
 def effect(name: str) -> str:
-    """What the recorded comparison measured for a method."""
-    if not EFFECTS.exists():
-        return "Not measured yet."
-    record = json.loads(EFFECTS.read_text())
-    row = record["methods"].get(name)
-    if row is None:
-        return "Not measured yet."
-    return (
-        f"{record['setting']}\n\n{row}\n\nMade by `{record['command']}`; all methods: [comparison](../comparison.md)."
-    )
+    """What the recorded experiments measured for a method."""
+    records = [json.loads(path.read_text()) for path in sorted(EFFECTS.glob("*.json"))]
+    told = [
+        f"{r['setting']}\n\n{r['methods'][name]}\n\nMade by `{r['command']}`; all of it: [{r['page']}](../{r['page']})."
+        for r in records
+        if name in r["methods"]
+    ]
+    return "\n\n".join(told) or "Not measured yet."
 
 
 def methods_table() -> str:

@@ -16,8 +16,10 @@ from pegbox.core import starts
 from pegbox.core.calibration import Data
 from pegbox.core.errors import MethodError, SettingsError
 from pegbox.core.low_rank_start import started
-from pegbox.core.observe import gradients
+from pegbox.core.observe import gradients, tokens
 from pegbox.core.starts.eva import Directions, allotted
+from pegbox.data.collate import PackedCollator
+from pegbox.data.packing import Packed
 from pegbox.train import Callback
 
 
@@ -110,6 +112,16 @@ def test_padding_does_not_count() -> None:
         found.append({path: graft.a for path, graft in started(tuned, "default").items()})
     for path, a in found[0].items():
         assert (a @ found[1][path].T).square().sum().item() == pytest.approx(2, abs=1e-2), path
+
+
+def test_padding_of_packed_rows_does_not_count() -> None:
+    rows = [
+        Packed([5, 6, 7, 8, 9], [-100, 6, -100, 8, 9], [0, 1, 0, 1, 2], ("a", "b")),
+        Packed([3, 4], [-100, 4], [0, 1], ("c",)),
+    ]
+    batch = PackedCollator(0)(rows)
+    assert tokens(batch).tolist() == [[True] * 5, [True] * 2 + [False] * 3]  # type: ignore[union-attr]
+    assert tokens(batch, labelled=True).tolist()[1] == [False, True, False, False, False]  # type: ignore[union-attr]
 
 
 def test_a_known_subspace_is_found_whatever_the_parts() -> None:

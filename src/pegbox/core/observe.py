@@ -63,12 +63,22 @@ def _show(see: See, path: str, module: nn.Module, args: Any, output: Any) -> Non
 
 def tokens(batch: Mapping[str, Any], *, labelled: bool = False) -> Tensor | None:
     """(B, T) bool: positions that are no padding, or only those of tokens that are to be predicted; None if unsaid."""
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    mask, labels, places = (batch.get(name) for name in ("attention_mask", "labels", "position_ids"))
     found = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    if labelled and isinstance(labels, Tensor) and labels.ndim == 2:
+    if isinstance(labels, Tensor) and labels.ndim == 2:
         wanted = labels.ne(IGNORED)
-        return wanted if found is None else wanted & found
+        if labelled:
+            return wanted if found is None else wanted & found
+        if found is None and isinstance(places, Tensor) and places.shape == labels.shape:
+            return _of_examples(places, wanted)
     return found
+
+
+def _of_examples(places: Tensor, wanted: Tensor) -> Tensor:
+    """Of packed rows: padding is a segment, its positions from 0 as every example's, in which nothing is predicted."""
+    segments = places.eq(0).long().cumsum(1)
+    predicted = torch.zeros_like(segments).scatter_add(1, segments - segments[:, :1], wanted.long())
+    return predicted.gather(1, segments - segments[:, :1]).bool()
 
 
 # -- gradients -----------------------------------------------------------------------------------------------------
