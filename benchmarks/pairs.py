@@ -231,13 +231,18 @@ def _family() -> list[Pair]:
 
 
 NAMES = (
-    "nlora", "loldu", "more", "monarch", "increlora", "triadaptlora", "diffora", "mola", "mhr", "meteora", "mtlora",
+    "nlora", "loldu", "more", "monarch", "increlora", "triadaptlora", "diffora", "gradnormlorp", "mola", "mhr", "meteora",
+    "mtlora",
 )  # fmt: skip
 EXPERTS = (
     "A linear layer of 1024 x 1024 on 4096 tokens with eight experts of rank 8, of which each token is given two. The "
     "layer's own products, forward and back, are in both sides' time, not in what experts add to it."
 )
-FAMILY = "Beside Pegbox's own LoRA of rank 16 on all linears, with the method's own losses; see benchmarks/training.py."
+FAMILY = (
+    "Beside Pegbox's own LoRA of rank 16 on all linears, with the method's own losses and optimizer; see "
+    "benchmarks/training.py. EVA and LoRA-GA train as LoRA does. DiffoRA is measured while it searches: afterwards it "
+    "is LoRA at some of the sites."
+)
 
 
 def _quantised() -> Pair:

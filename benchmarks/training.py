@@ -28,6 +28,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "increlora": {"first": RANK, "rank": RANK, "reserve": False},
     "triadaptlora": {"first": RANK, "rank": RANK},
     "diffora": {"rank": RANK, "alpha": ALPHA},
+    "gradnormlorp": {"rank": RANK, "alpha": ALPHA},
     "mola": {"rank": RANK // 4, "experts": 4},
     "mhr": {"rank": RANK // 4, "skills": 4},
     "meteora": {"ranks": (RANK // 4,) * 4, "train": "all", "targets": "all-linear"},
@@ -54,7 +55,8 @@ def measure(library: str, method: str, dtype: str, steps: int, forward: bool) ->
     before = memory.resident()
     memory.forget_peak()
     tuned, loss = side(model, method)
-    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    own = tuned.method.optimizer(tuned.groups(LEARNING_RATE)) if library == "pegbox" else None  # type: ignore[operator, union-attr]
+    optimizer = own or torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=LEARNING_RATE)
     step = _stepper(loss, optimizer, _turns(tuned, optimizer) if method in IN_TURN else None)
     first = step()
     seconds = [_timed(step) for _ in range(steps)]
