@@ -231,8 +231,8 @@ def _family() -> list[Pair]:
 
 
 NAMES = (
-    "nlora", "loldu", "more", "monarch", "increlora", "triadaptlora", "diffora", "gradnormlorp", "mola", "mhr", "meteora",
-    "mtlora",
+    "nlora", "loldu", "more", "monarch", "increlora", "triadaptlora", "diffora", "gradnormlorp", "mola", "mhr",
+    "meteora", "mtlora",
 )  # fmt: skip
 EXPERTS = (
     "A linear layer of 1024 x 1024 on 4096 tokens with eight experts of rank 8, of which each token is given two. The "
