@@ -10,28 +10,19 @@ Writes docs/weight-space.md, and what methods' own pages quote of it.
 from __future__ import annotations
 
 import json
+import random
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.effects import record, rows_of
+from zoo import instruct_data
 
 ROOT = Path(__file__).parents[1]
 DATA, DOCS, RUN = ROOT.parent / "shared" / "data", ROOT / "docs", ROOT / "runs" / "weight_space"
 BUDGET: dict[str, Any] = {"trials": 4, "seeds": 3}
-SENTENCES: dict[str, Any] = {"model": "minilm", "trial_steps": 50, "max_steps": 100, "batch_size": 32, "max_length": 64}
-ABOUT = {
-    "banking77": "all-MiniLM-L6-v2 on banking77, a new classifier beside the adapter, 100 steps of 32 sentences",
-    "sst2": "all-MiniLM-L6-v2 on SST-2, a new classifier beside the adapter, 100 steps of 32 sentences",
-    "gsm8k": "nano-llama on GSM8K's shorter solutions, 60 steps of 8 x 256 tokens, the loss of the answers",
-}
-STUDIES: dict[str, dict[str, Any]] = {
-    "banking77": SENTENCES
-    | {"data": "banking77/train.jsonl.gz", "test": "banking77/test.jsonl.gz", "valid_share": 0.06},
-    "sst2": SENTENCES | {"data": "sst2/train.jsonl.gz", "test": "sst2/dev.jsonl", "valid_share": 0.1},
-    "gsm8k": {"model": "nano-llama", "data": RUN / "gsm8k.jsonl", "objective": "sft", "test_share": 0.1}
-    | {"trial_steps": 30, "max_steps": 60, "batch_size": 8, "max_length": 256, "packing": True},
-}
 PAGE = "weight-space.md"
 RANK = {"rank": 8, "alpha": 16.0}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,46 +51,91 @@ RATES = dict.fromkeys(METHODS, RATE) | {
     "inttune": 5.34e-3,  # few numbers, each the size of a whole term
     "loldu": 5.62e-3,
 }
-FULL: dict[str, tuple[str, dict[str, Any]]] = {"full": ("full", {})}  # apart, in float32: its weights are the base's
+FULL: dict[str, tuple[str, dict[str, Any]]] = {"full": ("full", {})}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One table.
+
+    Attributes:
+        about: model, data and steps, in words.
+        settings: of the comparison; `data` and `test` are paths within the data sets.
+        labels: of METHODS; all if none.
+        rates: middles of grids, by label.
+        full: whether full tuning is beside them, in a comparison of its own: in float32, as its weights are the base's.
+    """
+
+    about: str
+    settings: dict[str, Any]
+    labels: tuple[str, ...] = tuple(METHODS)
+    rates: Mapping[str, float] = field(default_factory=lambda: RATES)
+    full: bool = True
+
+
+SENTENCES: dict[str, Any] = {"model": "minilm", "trial_steps": 50, "max_steps": 100, "batch_size": 32, "max_length": 64}
+BANKING = SENTENCES | {"data": "banking77/train.jsonl.gz", "test": "banking77/test.jsonl.gz", "valid_share": 0.06}
+HEAD = ("lora", "rslora", "pissa", "eva", "lora_ga")
+STUDIES = {
+    "banking77": Study(
+        "all-MiniLM-L6-v2 on banking77, a new classifier beside the adapter, 100 steps of 32 sentences.", BANKING
+    ),
+    "banking77_head": Study(
+        "The same with ten times the learning rate for the classifier: an adapter that starts near where the gradient "
+        "leads wants small steps, a classifier that starts from nothing does not.",
+        BANKING | {"head_rate": 10.0},
+        HEAD,
+        dict.fromkeys(HEAD, 5.62e-4),
+        full=False,
+    ),
+    "sst2": Study(
+        "all-MiniLM-L6-v2 on SST-2, a new classifier beside the adapter, 100 steps of 32 sentences.",
+        SENTENCES | {"data": "sst2/train.jsonl.gz", "test": "sst2/dev.jsonl", "valid_share": 0.1},
+    ),
+    "gsm8k": Study(
+        "nano-llama on GSM8K's shorter solutions, 60 steps of 8 x 256 tokens, the loss of the answers.",
+        {"model": "nano-llama", "objective": "sft", "test_share": 0.1, "max_length": 256, "packing": True}
+        | {"trial_steps": 30, "max_steps": 60, "batch_size": 8},
+    ),
+}
 
 
 def main(names: list[str]) -> None:
     if unknown := [name for name in names if name not in STUDIES]:
         raise SystemExit(f"there is no study {unknown[0]!r}; expected some of {', '.join(STUDIES)}")
+    RUN.mkdir(parents=True, exist_ok=True)
     for name in names or STUDIES:
         print(f"# {name}", flush=True)
-        adapters = compared(name, name, METHODS, dtype="bfloat16", rates=RATES)
-        full = compared(name, f"{name}_full", FULL, dtype="float32")
-        tried = by_rate(RUN / name / "trials.jsonl", STUDIES[name]["trial_steps"])
-        (RUN / f"{name}.md").write_text(f"{adapters}\n{full}\n{tried}")
-        record(f"weight_space_{name}", "make weight-space", PAGE, f"{ABOUT[name]}.", by_method(adapters, full))
+        study, command = STUDIES[name], f"python -m benchmarks.weight_space {name}"
+        some = {label: METHODS[label] for label in study.labels}
+        tables = [compared(study, name, some, dtype="bfloat16", rates=dict(study.rates))]
+        if study.full:
+            tables.append(compared(study, f"{name}_full", FULL, dtype="float32"))
+        tried = by_rate(RUN / name / "trials.jsonl", study.settings["trial_steps"])
+        (RUN / f"{name}.md").write_text("\n".join([*tables, tried]))
+        record(f"weight_space_{name}", command, PAGE, study.about, by_method(tables))
         write_page()
 
 
-def compared(name: str, folder: str, methods: dict[str, tuple[str, dict[str, Any]]], **more: Any) -> str:
-    """The table of one study."""
+def compared(study: Study, folder: str, methods: Mapping[str, tuple[str, dict[str, Any]]], **more: Any) -> str:
+    """The table of some methods."""
     from pegbox.evaluate.compare import compare
     from pegbox.evaluate.compare_settings import compare_settings
 
-    RUN.mkdir(parents=True, exist_ok=True)
-    study = STUDIES[name] | {"methods": tuple(f"{label}={of}" for label, (of, _) in methods.items())}
-    for key in ("data", "test"):
-        if isinstance(study.get(key), str):
-            study[key] = str(DATA / study[key])
-    if name == "gsm8k":
-        _write_questions(Path(study["data"]))
-        study["data"] = str(study["data"])
+    places = {key: str(DATA / study.settings[key]) for key in ("data", "test") if key in study.settings}
     own = {label: settings for label, (_, settings) in methods.items() if settings}
-    return compare(compare_settings(BUDGET | study | {"own": own, "output": str(RUN / folder)} | more)).markdown()
+    values: dict[str, Any] = BUDGET | {"data": str(_questions())} | study.settings | places | more
+    values |= {"methods": tuple(f"{label}={of}" for label, (of, _) in methods.items()), "own": own}
+    return compare(compare_settings(values | {"output": str(RUN / folder)})).markdown()
 
 
-def by_method(adapters: str, full: str) -> dict[str, str]:
-    """Rows of both tables under their heads, by the method that labels stand for."""
+def by_method(tables: Sequence[str]) -> dict[str, str]:
+    """Rows of some tables under their heads, by the method that labels stand for."""
     from pegbox import methods
 
     found: dict[str, str] = {}
     known = METHODS | FULL
-    for label, table in (rows_of(adapters) | rows_of(full)).items():
+    for label, table in [row for whole in tables for row in rows_of(whole).items()]:
         if label in known:
             name = methods.get(known[label][0]).name()
             found[name] = f"{found[name]}\n{table.splitlines()[-1]}" if name in found else table
@@ -123,14 +159,12 @@ def by_rate(log: Path, steps: int) -> str:
     return "\n".join(lines)
 
 
-def _write_questions(path: Path) -> None:
-    """gsm8k's short solutions as conversations."""
-    import random
-
-    from zoo.instruct_data import gsm8k
-
-    rows = [{"messages": turns} for turns in gsm8k(DATA, random.Random(0))][:3000]
+def _questions() -> Path:
+    """A file of gsm8k's short solutions as conversations."""
+    path = RUN / "gsm8k.jsonl"
+    rows = [{"messages": turns} for turns in instruct_data.gsm8k(DATA, random.Random(0))][:3000]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def write_page() -> None:
@@ -144,7 +178,7 @@ def write_page() -> None:
     ]
     for name in STUDIES:
         if (RUN / f"{name}.md").exists():
-            parts += ["", f"## {name}", "", f"{ABOUT[name]}.", "", (RUN / f"{name}.md").read_text().strip()]
+            parts += ["", f"## {name}", "", STUDIES[name].about, "", (RUN / f"{name}.md").read_text().strip()]
     (DOCS / PAGE).write_text("\n".join(parts) + "\n")
 
 

@@ -44,6 +44,21 @@ def run(model: Path, data: Path, output: Path, /, **changes: Any) -> RunResult:
     return train(run_settings({"dtype": "float32"} | plain | changes))  # `auto` is another on every processor
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_head_has_a_rate_of_its_own(bert: Path, tmp_path: Path, method: str) -> None:
+    """Whether the method trains it in place or a copy beside; another rate is another run."""
+    data, out = jsonl(tmp_path / "mood.jsonl", sentences()), tmp_path / "out"
+    more: dict[str, Any] = {"method": method, "learning_rate": 1e-3, "save_steps": 1}
+    done = run(bert, data, out, head_rate=10, **more)
+    rates = {name: group["lr"] for group in done.tuned.groups(1e-3) for name in group["names"]}
+    heads = {name for name in rates if ".classifier." in name}
+    assert len(heads) == 2
+    assert {rates[name] for name in heads} == {1e-2}
+    assert {rates[name] for name in rates.keys() - heads} == {1e-3}
+    with pytest.raises(SettingsError, match=r"rates\.classifier"):
+        run(bert, data, out, **more, max_steps=3, resume="auto")
+
+
 def test_a_classifier_from_a_file_of_labels(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = jsonl(tmp_path / "mood.jsonl", [*sentences(), "{broken", {"text": "no label"}])
     out = tmp_path / "out"

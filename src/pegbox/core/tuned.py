@@ -74,6 +74,7 @@ class Tuned(nn.Module):
         self.merge_drift: dict[str, storage.Drift] = {}  # by path of a matrix that merging has encoded anew
         self._still = storage.still(model)  # attributes of quantised modules, as they were
         self._watched = True  # whether no site is known to be bypassed
+        self.rates: dict[str, float] = {}  # multiples of the learning rate, by path of a module trained whole
         if method is not None:
             self.add(name, method, also_train=also_train, seed=seed)
 
@@ -363,19 +364,26 @@ class Tuned(nn.Module):
     def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimizer parameter groups: each learning rate and decay once; vectors are not decayed.
 
+        `rates` multiplies the rate of modules that are trained whole, `tuned.rates["classifier"] = 10` that of a head.
         They hold what rests now (see `select`) as well.  What a growing method has taken on later is in groups of its
         own, in the order of the steps at which it was `born`.
         """
         grafts = [graft for name in self.active for graft in self.adapter(name).grafts.values()]
-        rates, born = _of_parameters(grafts, "rates"), _of_parameters(grafts, "born")
+        multiples, born = _of_parameters(grafts, "rates"), _of_parameters(grafts, "born")
         grouped: dict[tuple[int, float, float], dict[str, Any]] = {}
         for key, p in self._ever().items():
-            at = (int(born.get(id(p), 0)), lr * rates.get(id(p), 1.0), weight_decay if p.ndim > 1 else 0.0)
+            rate = lr * multiples.get(id(p), 1.0) * self._multiple(key)
+            at = (int(born.get(id(p), 0)), rate, weight_decay if p.ndim > 1 else 0.0)
             kept = {"params": [], "names": [], "lr": at[1], "weight_decay": at[2], "born": at[0]}
             group = grouped.setdefault(at, kept)
             group["params"].append(p)
             group["names"].append(key)
         return sorted(grouped.values(), key=lambda group: group["born"])
+
+    def _multiple(self, key: str) -> float:
+        """What `rates` say of a tensor, by its state key."""
+        path = key.partition(".")[2]
+        return next((by for place, by in self.rates.items() if path.startswith(f"{place}.")), 1.0)
 
     def extra_losses(self) -> dict[str, Tensor]:
         """Terms of the loss beside the objective's, by name: of the methods, and what grafts left in the last forward.

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pegbox import anatomy, objectives
-from pegbox.api import tune
 from pegbox.core import Method, Tuned
 from pegbox.core.adapter import check_plain
 from pegbox.core.errors import MethodError, SettingsError, TargetError
 from pegbox.core.fingerprint import fingerprint
-from pegbox.core.method import split_names
 from pegbox.core.seeding import seeded
 from pegbox.data.examples import Examples, read, split
 from pegbox.evaluate import memory
@@ -28,7 +26,7 @@ from pegbox.train.arguments import arguments, check_optimizer
 from pegbox.train.datasets import Rows, Source, rows, source
 from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
-from pegbox.train.prepare import check_reference
+from pegbox.train.prepare import check_reference, put_on
 from pegbox.train.probe import ROWS_AT_ONCE, Features, Probe, features, head, put
 from pegbox.train.run import output_folder
 from pegbox.train.trainer import Trainer
@@ -117,7 +115,7 @@ class Bench:
         """Raise, with its name, where a method cannot be put on the base."""
         loaded = self.loaded()
         try:
-            tune(loaded.model, method, also_train=self._also_train(loaded, method)).detach()
+            put_on(self.settings, loaded, method, seed=0).detach()
         except (SettingsError, TargetError, MethodError) as error:
             raise type(error)(f"{name}: {error}") from error
 
@@ -140,7 +138,7 @@ class Bench:
         self._start_head(loaded, seed)
         memory.forget_peak()
         start = time.perf_counter()
-        tuned = tune(loaded.model, method, also_train=self._also_train(loaded, method), seed=seed)
+        tuned = put_on(self.settings, loaded, method, seed)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 self._trainer(tuned, rate, seed, steps, folder, callbacks).train()
@@ -151,13 +149,6 @@ class Bench:
         for parameter in tuned.trainable().values():
             parameter.grad = None
         return Trained(tuned.eval(), tuned.count()[0], seconds, peak)
-
-    def _also_train(self, loaded: Loaded, method: Method) -> tuple[str, ...]:
-        named = split_names(self.settings.also_train)
-        selected = set(method.selects(loaded.model, anatomy.of(loaded.model)))
-        parameters = {path: loaded.model.get_submodule(path).named_parameters() for path in loaded.new if path}
-        new = [path for path, own in parameters.items() if not all(f"{path}.{n}" in selected for n, _ in own)]
-        return (*((named,) if isinstance(named, str) else named), *new)
 
     def _trainer(
         self, tuned: Tuned, rate: float, seed: int, steps: int | None, folder: str, callbacks: Sequence[TrainerCallback]

@@ -35,8 +35,8 @@ from pegbox.train.probe import linear_probe
 SHARED = (
     "model", "objective", "objective_settings", "also_train", "valid_share", "test_share", "max_length", "truncation",
     "template", "assistant_only", "packing", "epochs", "max_steps", "trial_steps", "batch_size",
-    "gradient_accumulation", "schedule", "warmup", "weight_decay", "max_grad_norm", "optimizer", "label_smoothing",
-    "warm_start", "compile", "args", "seed",
+    "gradient_accumulation", "head_rate", "schedule", "warmup", "weight_decay", "max_grad_norm", "optimizer",
+    "label_smoothing", "warm_start", "compile", "args", "seed",
 )  # fmt: skip
 WINNER, RUNS, PREDICTIONS = "winner", "runs", "predictions.safetensors"
 

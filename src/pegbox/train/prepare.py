@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pegbox import api, methods, objectives
 from pegbox.core import Method, Tuned
+from pegbox.core.adapter import path_of
 from pegbox.core.errors import SettingsError
 from pegbox.core.fingerprint import fingerprint
 from pegbox.core.method import split_names
@@ -144,10 +145,7 @@ def _warm_start(found: Source, loaded: Loaded, made: Rows, say: Say) -> None:
 
 
 def _tuned(settings: RunSettings, loaded: Loaded, method: Method, say: Say) -> Tuned:
-    wanted = split_names(settings.also_train)
-    named: Sequence[str] = (wanted,) if isinstance(wanted, str) else wanted
-    new = _not_selected(loaded, method)
-    tuned = api.tune(loaded.model, method, also_train=(*named, *new), seed=settings.seed)
+    tuned = put_on(settings, loaded, method, settings.seed)
     if settings.start_from is not None:
         _follow(tuned, settings.start_from, say)
     if loaded.new:
@@ -173,11 +171,17 @@ def _follow(tuned: Tuned, folder: str, say: Say) -> None:
     say(f"start      {folder}")
 
 
-def _not_selected(loaded: Loaded, method: Method) -> list[str]:
-    """New modules that the method does not train in place already."""
+def put_on(settings: RunSettings, loaded: Loaded, method: Method, seed: int) -> Tuned:
+    """The method on the base; what is new there, and `also_train`, trained whole beside it."""
     from pegbox import anatomy
 
+    wanted = split_names(settings.also_train)
+    named = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     selected = set(method.selects(loaded.model, anatomy.of(loaded.model)))
-    modules = dict(loaded.model.named_modules())
-    paths = [path for path in loaded.new if path]
-    return [p for p in paths if not all(f"{p}.{name}" in selected for name, _ in modules[p].named_parameters())]
+    own = {path: dict(loaded.model.get_submodule(path).named_parameters()) for path in loaded.new if path}
+    new = [path for path, parameters in own.items() if not all(f"{path}.{name}" in selected for name in parameters)]
+    tuned = api.tune(loaded.model, method, also_train=(*named, *new), seed=seed)
+    if settings.head_rate != 1:
+        whole = map(path_of, tuned.adapter().copies)
+        tuned.rates = dict.fromkeys((*whole, *own), settings.head_rate)
+    return tuned

@@ -48,6 +48,9 @@ class RunSettings:
     packing: bool = setting(False, "fill rows of max_length with several examples that do not see each other")
 
     learning_rate: float = setting(2e-4, "peak of the schedule", above=0)
+    head_rate: float = setting(
+        1.0, "learning rate of a new head, and of also_train, as a multiple of learning_rate", above=0
+    )
     epochs: float = setting(3.0, "passes over the data", above=0)
     max_steps: int | None = setting(None, "optimizer steps, instead of epochs", at_least=1)
     batch_size: int = setting(8, "rows of one forward", at_least=1)
