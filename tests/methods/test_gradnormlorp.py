@@ -122,6 +122,16 @@ def test_groups_keep_rates_and_decay() -> None:
     assert [name.rpartition(".")[0].rpartition(".")[2] for name in plain["names"]] == ["embed_tokens"]
 
 
+def test_a_module_trained_whole_has_plain_adam() -> None:
+    tuned = pegbox.tune(family("llama"), "gradnormlorp", also_train=("lm_head",), **SMALL)
+    optimizer = tuned.adapter().method.optimizer(tuned.groups(1e-2))
+    assert optimizer is not None
+    ranks = {name: group["rank"] for group in optimizer.param_groups for name in group["names"]}
+    assert {name for name, rank in ranks.items() if rank is None} == {"copy.lm_head.weight"}
+    with pytest.raises(SettingsError, match="plain names nothing"):
+        made(plain="embed_token")
+
+
 def test_plain_must_name_something() -> None:
     with pytest.raises(SettingsError, match="plain names nothing that trains: 'embed_token'"):
         made(mode="full", targets=".*", plain="embed_token")

@@ -7,7 +7,8 @@ arXiv:2412.19616.
 
 g: (out,), |.| over rows.  L: (r', out) and R: (r', in) are the first singular vectors of D, taken anew every `gap`
 steps; r' is `projection_rank`, and what Adam gives is mapped back by their transposes and multiplied by `scale`.  m, g,
-other vectors, and matrices with a side of at most r' have plain Adam: of A and B, nothing is saved unless r' < r.
+other vectors, matrices with a side of at most r', and modules that are trained whole beside it, a head say, have plain
+Adam: of A and B, nothing is saved unless r' < r.
 
 The optimizer is `pegbox.updates.projected`; `pegbox.Trainer` takes it from here.
 
@@ -92,12 +93,11 @@ class GradNormLoRP(dora.DoRA):
         Raises:
             SettingsError: `plain` names nothing that trains.  MissingExtra: 8 bits without bitsandbytes.
         """
-        parts = [part for group in groups for part in self.parted(group)]
-        if self.plain and all("rank" not in part for part in parts):
-            names = [name for group in groups for name in group["names"]]
+        names = [name for group in groups for name in group["names"]]
+        if self.plain and not any(map(self._named_plain, names)):
             raise SettingsError(f"gradnormlorp.plain names nothing that trains: {self.plain!r}; there is {names[0]!r}")
         return ProjectedAdamW(
-            parts,
+            [part for group in groups for part in self.parted(group)],
             rank=self.projection_rank,
             gap=self.gap,
             scale=self.scale,
@@ -107,14 +107,17 @@ class GradNormLoRP(dora.DoRA):
         )
 
     def parted(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """A group as what is projected, and what `plain` names, whose rank is None."""
-        names = split_names(self.plain)
-        ends = "|".join(f"(?:{name})" for name in ((names,) if isinstance(names, str) else names))
-        pattern = re.compile(rf"(.*\.)?(?:{ends})\.[^.]+" if ends else r"(?!)")
+        """A group as what is projected, and what has plain Adam: modules trained whole, and those of `plain`."""
         named = list(zip(group["names"], group["params"], strict=True))
         parts = []
-        for more in ({}, {"rank": None}):
-            inside = [(n, p) for n, p in named if bool(pattern.fullmatch(n)) == bool(more)]
+        for plain in (False, True):
+            inside = [(n, p) for n, p in named if plain == (n.startswith("copy.") or self._named_plain(n))]
             if inside:
+                more = {"rank": None} if plain else {}
                 parts.append(group | more | {"names": [n for n, _ in inside], "params": [p for _, p in inside]})
         return parts
+
+    def _named_plain(self, name: str) -> bool:
+        names = split_names(self.plain)
+        ends = "|".join(f"(?:{end})" for end in ((names,) if isinstance(names, str) else names))
+        return bool(ends) and re.fullmatch(rf"(.*\.)?(?:{ends})\.[^.]+", name) is not None
