@@ -103,8 +103,12 @@ def default(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
-@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
+    return _read_hints(cls)
+
+
+@functools.cache
+def _read_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
