@@ -22,7 +22,7 @@ from zoo import instruct_data
 
 ROOT = Path(__file__).parents[1]
 DATA, DOCS, RUN = ROOT.parent / "shared" / "data", ROOT / "docs", ROOT / "runs" / "weight_space"
-BUDGET: dict[str, Any] = {"trials": 4, "seeds": 3}
+BUDGET: dict[str, Any] = {"trials": 3, "seeds": 3}
 PAGE = "weight-space.md"
 RANK = {"rank": 8, "alpha": 16.0}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,11 +45,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "mhr": ("mhr", {"rank": 2, "skills": 4, "heads": 4}),
     "mtlora": ("mtlora", {"rank": 8, "scale": 2.0}),
 }
-RATE = 1.78e-3  # the middle of the grid: 3.2e-4 .. 1e-2
+RATE = 3.16e-3  # the middle of the grid: 1e-3, 3.2e-3, 1e-2
 RATES = dict.fromkeys(METHODS, RATE) | {
-    "lora_ga": 5.62e-4,  # starts near where the gradient leads
-    "inttune": 5.34e-3,  # few numbers, each the size of a whole term
-    "loldu": 5.62e-3,
+    "lora_ga": 3.16e-4,  # starts near where the gradient leads
+    "inttune": 9.5e-3,  # few numbers, each the size of a whole term
+    "full": 1.58e-4,
 }
 FULL: dict[str, tuple[str, dict[str, Any]]] = {"full": ("full", {})}
 
@@ -73,7 +73,7 @@ class Study:
     full: bool = True
 
 
-SENTENCES: dict[str, Any] = {"model": "minilm", "trial_steps": 50, "max_steps": 100, "batch_size": 32, "max_length": 64}
+SENTENCES: dict[str, Any] = {"model": "minilm", "max_steps": 100, "batch_size": 32, "max_length": 64}
 BANKING = SENTENCES | {"data": "banking77/train.jsonl.gz", "test": "banking77/test.jsonl.gz", "valid_share": 0.06}
 HEAD = ("lora", "rslora", "pissa", "eva", "lora_ga")
 STUDIES = {
@@ -85,7 +85,7 @@ STUDIES = {
         "leads wants small steps, a classifier that starts from nothing does not.",
         BANKING | {"head_rate": 10.0},
         HEAD,
-        dict.fromkeys(HEAD, 5.62e-4),
+        dict.fromkeys(HEAD, 1e-3),
         full=False,
     ),
     "sst2": Study(
@@ -95,7 +95,7 @@ STUDIES = {
     "gsm8k": Study(
         "nano-llama on GSM8K's shorter solutions, 60 steps of 8 x 256 tokens, the loss of the answers.",
         {"model": "nano-llama", "objective": "sft", "test_share": 0.1, "max_length": 256, "packing": True}
-        | {"trial_steps": 30, "max_steps": 60, "batch_size": 8},
+        | {"max_steps": 60, "batch_size": 8},
     ),
 }
 
@@ -108,10 +108,10 @@ def main(names: list[str]) -> None:
         print(f"# {name}", flush=True)
         study, command = STUDIES[name], f"python -m benchmarks.weight_space {name}"
         some = {label: METHODS[label] for label in study.labels}
-        tables = [compared(study, name, some, dtype="bfloat16", rates=dict(study.rates))]
+        tables = [compared(study, name, some, dtype="bfloat16")]
         if study.full:
             tables.append(compared(study, f"{name}_full", FULL, dtype="float32"))
-        tried = by_rate(RUN / name / "trials.jsonl", study.settings["trial_steps"])
+        tried = by_rate(RUN / name / "trials.jsonl", study.settings["max_steps"])
         (RUN / f"{name}.md").write_text("\n".join([*tables, tried]))
         record(f"weight_space_{name}", command, PAGE, study.about, by_method(tables))
         write_page()
@@ -125,6 +125,7 @@ def compared(study: Study, folder: str, methods: Mapping[str, tuple[str, dict[st
     places = {key: str(DATA / study.settings[key]) for key in ("data", "test") if key in study.settings}
     own = {label: settings for label, (_, settings) in methods.items() if settings}
     values: dict[str, Any] = BUDGET | {"data": str(_questions())} | study.settings | places | more
+    values |= {"rates": {label: study.rates[label] for label in methods}}
     values |= {"methods": tuple(f"{label}={of}" for label, (of, _) in methods.items()), "own": own}
     return compare(compare_settings(values | {"output": str(RUN / folder)})).markdown()
 
@@ -143,7 +144,7 @@ def by_method(tables: Sequence[str]) -> dict[str, str]:
 
 
 def by_rate(log: Path, steps: int) -> str:
-    """What each learning rate had come to when it was chosen from, method by method: who is quick where."""
+    """What each learning rate came to, method by method: who is quick where."""
     runs = [json.loads(line) for line in log.read_text().splitlines()]
     tried = {(r["run"]["method"], r["run"]["rate"]): r["valid"] for r in runs if r["run"]["stage"] == "trial"}
     rates = sorted({rate for _, rate in tried})
