@@ -65,10 +65,10 @@ def status(check: str) -> Result:
 
 
 def test_a_method_file_of_a_users_own(tmp_path: Path) -> None:
-    report = checks.run(method_file(tmp_path))
+    report = checks.run(Case(method_file(tmp_path), families=("llama", "bert", "conv", "nf4")))
     assert report.ok, checks.render(report)
     assert {r.method for r in report.results} == {"my_method()"}
-    assert report.count()["pass"] > 100
+    assert report.count()["pass"] > 80
 
 
 def test_a_broken_method_file_fails_and_says_where(tmp_path: Path) -> None:
