@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## compare four methods on banking77, save and prove the winner (about 5 minutes)
+demo: $(STAMP)  ## compare four methods on banking77, save and prove the winner (5 to 7 minutes)
 	$(BIN)/pegbox demo
 
 # One thread a test process: two processes of two threads on two cores mostly wait for one another.
