@@ -27,7 +27,7 @@ from zoo import instruct_data
 ROOT = Path(__file__).parents[1]
 DATA, DOCS, RUN = ROOT.parent / "shared" / "data", ROOT / "docs", ROOT / "runs" / "many_tasks"
 SEEDS, RATES = (1, 2, 3), (1e-3, 1e-2)
-SEEN, FEW, JUDGED = 150, 32, 150  # rows of a task: learned together, learned later, held out
+SEEN, FEW, JUDGED, CHOSEN = 150, 32, 150, 100  # rows of a task: learned together, learned later, judged, for the rate
 NEW = ("banking77", "sectors", "last word", "minus")
 TOGETHER = {"learning_rate": 3e-3, "max_steps": 250, "batch_size": 16}
 LATER = {"max_steps": 30, "batch_size": 16}
@@ -92,17 +92,17 @@ def new_tasks() -> str:
     for seed in SEEDS:
         starts = {name: _together(name, together, len(seen), seed) for name in MANY}
         for way in FROM:
-            rates = RATES if seed == SEEDS[0] else (best[way],)
-            tried = {rate: [_later(way, task, tasks[task], starts, rate, seed) for task in NEW] for rate in rates}
-            best[way] = min(tried, key=lambda rate: sum(tried[rate]))
-            for task, loss in zip(NEW, tried[best[way]], strict=True):
-                found[way][task].append(loss)
+            if way not in best:
+                tried = {r: sum(_later(way, t, tasks[t], starts, r, seed, "chosen") for t in NEW) for r in RATES}
+                best[way] = min(tried, key=tried.__getitem__)
+            for task in NEW:
+                found[way][task].append(_later(way, task, tasks[task], starts, best[way], seed, "judged"))
     lines = [
         f"## A new task from {FEW} examples",
         "",
         f"{len(seen)} tasks together, {TOGETHER['max_steps']} steps; then {LATER['max_steps']} steps on each of "
-        f"{len(NEW)} others, of two learning rates the better by the first seed. Equal numbers in the adapters "
-        "(four skills of rank 4, or one LoRA of rank 16).",
+        f"{len(NEW)} others, of two learning rates the better by the first seed on rows apart. Equal numbers in "
+        "the adapters (four skills of rank 4, or one LoRA of rank 16).",
         "",
         f"| | rate | {' | '.join(NEW)} | mean |",
         "| --- | ---: |" + " ---: |" * (len(NEW) + 1),
@@ -123,14 +123,16 @@ def _together(name: str, data: Path, tasks: int, seed: int) -> Path:
     return folder
 
 
-def _later(way: str, task: str, rows: Sequence[Row], starts: Mapping[str, Path], rate: float, seed: int) -> float:
-    """The loss on a task's held-out rows after its few examples."""
+def _later(
+    way: str, task: str, rows: Sequence[Row], starts: Mapping[str, Path], rate: float, seed: int, on: str
+) -> float:
+    """The loss after a task's few examples: on the rows that are `judged`, or on those by which rates are `chosen`."""
     of, changes = FROM[way]
     method, settings = MANY[of or "lora"]
-    few = written(f"few {task} {seed}", random.Random(seed).sample(rows[JUDGED:], FEW))
-    held = written(f"held {task}", rows[:JUDGED])
+    few = written(f"few {task} {seed}", random.Random(seed).sample(rows[JUDGED + CHOSEN :], FEW))
+    held = written(f"{on} {task}", rows[:JUDGED] if on == "judged" else rows[JUDGED : JUDGED + CHOSEN])
     more = LATER | {"learning_rate": rate} | ({"start_from": str(starts[of])} if of else {})
-    name = f"later {way} {task} {rate:g} {seed}"
+    name = f"later {way} {task} {rate:g} {seed} {on}"
     return once(name, trained, RUN / "later", few, held, method, settings | changes, seed, more)
 
 
