@@ -45,13 +45,19 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "mhr": ("mhr", {"rank": 2, "skills": 4, "heads": 4}),
     "mtlora": ("mtlora", {"rank": 8, "scale": 2.0}),
 }
+CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora_louder": ("lora", RANK | {"alpha": 64.0}),
+    "increlora_fixed": ("increlora", METHODS["increlora"][1] | {"fixed_scale": True}),
+    "triadaptlora_fixed": ("triadaptlora", METHODS["triadaptlora"][1] | {"fixed_scale": True}),
+}
+FULL: dict[str, tuple[str, dict[str, Any]]] = {"full": ("full", {})}
+KNOWN = METHODS | CONTROLS | FULL
 RATE = 3.16e-3  # the middle of the grid: 1e-3, 3.2e-3, 1e-2
-RATES = dict.fromkeys(METHODS, RATE) | {
+RATES = dict.fromkeys(METHODS | CONTROLS, RATE) | {
     "lora_ga": 3.16e-4,  # starts near where the gradient leads
     "inttune": 9.5e-3,  # few numbers, each the size of a whole term
     "full": 1.58e-4,
 }
-FULL: dict[str, tuple[str, dict[str, Any]]] = {"full": ("full", {})}
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Study:
     Attributes:
         about: model, data and steps, in words.
         settings: of the comparison; `data` and `test` are paths within the data sets.
-        labels: of METHODS; all if none.
+        labels: of KNOWN.
         rates: middles of grids, by label.
         full: whether full tuning is beside them, in a comparison of its own: in float32, as its weights are the base's.
     """
@@ -88,9 +94,16 @@ STUDIES = {
         dict.fromkeys(HEAD, 1e-3),
         full=False,
     ),
+    "banking77_growth": Study(
+        "The same for growth alone. While ranks are few, alpha / rank is large: LoRA with four times the alpha has the "
+        "scale that growth starts with, and with fixed_scale growth has LoRA's throughout.",
+        BANKING,
+        tuple(CONTROLS),
+        full=False,
+    ),
     "sst2": Study(
-        "all-MiniLM-L6-v2 on SST-2, a new classifier beside the adapter, 100 steps of 32 sentences.",
-        SENTENCES | {"data": "sst2/train.jsonl.gz", "test": "sst2/dev.jsonl", "valid_share": 0.1},
+        "all-MiniLM-L6-v2 on SST-2, a new classifier beside the adapter, 50 steps of 32 sentences.",
+        SENTENCES | {"data": "sst2/train.jsonl.gz", "test": "sst2/dev.jsonl", "valid_share": 0.08, "max_steps": 50},
     ),
     "gsm8k": Study(
         "nano-llama on GSM8K's shorter solutions, 60 steps of 8 x 256 tokens, the loss of the answers.",
@@ -107,7 +120,7 @@ def main(names: list[str]) -> None:
     for name in names or STUDIES:
         print(f"# {name}", flush=True)
         study, command = STUDIES[name], f"python -m benchmarks.weight_space {name}"
-        some = {label: METHODS[label] for label in study.labels}
+        some = {label: KNOWN[label] for label in study.labels}
         tables = [compared(study, name, some, dtype="bfloat16")]
         if study.full:
             tables.append(compared(study, f"{name}_full", FULL, dtype="float32"))
@@ -135,10 +148,9 @@ def by_method(tables: Sequence[str]) -> dict[str, str]:
     from pegbox import methods
 
     found: dict[str, str] = {}
-    known = METHODS | FULL
     for label, table in [row for whole in tables for row in rows_of(whole).items()]:
-        if label in known:
-            name = methods.get(known[label][0]).name()
+        if label in KNOWN:
+            name = methods.get(KNOWN[label][0]).name()
             found[name] = f"{found[name]}\n{table.splitlines()[-1]}" if name in found else table
     return found
 
