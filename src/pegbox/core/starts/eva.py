@@ -8,10 +8,10 @@ layers' directions, `rho` times rank of each, are ranked by their shares, and as
 a layer gets as many as it has among them, none perhaps.  alpha grows with the rank, so that the scale is the same
 everywhere.  rho = 1 leaves every rank as it is.
 
-Directions are found batch after batch (incremental PCA, centred, by a drawn SVD), until those that are kept turn by
-less than arccos tau, or `batches` have been seen.  Layers with equal inputs share one search.  HF PEFT asks for the
-sign too, so that it may look at some batches more, and goes on until all rest.  `whiten` divides each direction by the
-root of its singular value.
+Directions are found batch after batch (incremental PCA, centred; a subspace iteration that starts from those of the
+batches before), until those that are kept turn by less than arccos tau, or `batches` have been seen.  Layers with equal
+inputs share one search.  HF PEFT asks for the sign too, so that it may look at some batches more, and goes on until all
+rest.  `whiten` divides each direction by the root of its singular value.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from pegbox.core.calibration import Data
     from pegbox.core.tuned import Tuned
 
-MORE, NITER = 2, 2  # the drawn SVD: times the directions that are wanted; iterations
+MORE = 2  # times the directions that are wanted are iterated
+PASSES, AGAIN = 3, 1  # over the first rows, from drawn directions, and over later ones, from those that are known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class EVA(Start):
 
 
 class Directions:
-    """Principal directions of rows (n, d) that come in parts: Ross et al. (2008), with a drawn SVD."""
+    """Principal directions of rows (n, d) that come in parts: Ross et al. (2008), by subspace iteration."""
 
     def __init__(self, count: int, width: int, device: torch.device) -> None:
         self.count, self.seen = count, 0
@@ -130,13 +131,30 @@ class Directions:
         if self.seen:
             parts += [self.values[:, None] * self.vectors, between**0.5 * (self.mean - mean)[None]]
         stacked = torch.cat(parts)
+        before = self.vectors
         with seeded(0, "directions"):
-            _, values, vectors = torch.svd_lowrank(stacked, min(MORE * self.count, *stacked.shape), niter=NITER)
-        before, self.vectors, self.values = self.vectors, vectors.T[: self.count].contiguous(), values[: self.count]
+            drawn = torch.randn(stacked.shape[1], min(MORE * self.count, *stacked.shape) - len(before))
+        first = torch.cat([before.T, drawn.to(before)], dim=1)
+        values, vectors = leading(stacked, first, AGAIN if self.seen else PASSES)
+        self.values, self.vectors = values[: self.count], vectors[: self.count]
         if self.seen:
             cosines = (before * self.vectors).sum(1).abs()
             self.turned[: len(cosines)] = cosines
         self.mean, self.seen = (self.seen * self.mean + n * mean) / total, total
+
+
+def leading(rows: Tensor, first: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+    """The largest singular values (q,) of rows (n, d), and their directions (q, d), by subspace iteration.
+
+    Args:
+        first: (d, q), q at most n and d, what is iterated.
+        passes: how often; each makes what is wanted stand out by the squares of the singular values.
+    """
+    basis = first
+    for _ in range(passes):
+        basis = torch.linalg.qr(rows.T @ torch.linalg.qr(rows @ basis).Q).Q
+    _, values, turn = torch.linalg.svd(torch.linalg.qr(rows @ basis, mode="r").R)
+    return values, turn @ basis.T
 
 
 def allotted(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
