@@ -32,18 +32,18 @@ def measure() -> dict[str, Any]:
     Callback(tuned).calibrate(seen)
     search = time.perf_counter() - start
     tuned.detach()
-    forward = _forward(model, batches[: seen.count])
-    return {"search": search, "forward": forward, "batches": seen.count, "forwards": search / forward}
+    forward = _forward(model, batches[: seen.asked])
+    return {"search": search, "forward": forward, "batches": seen.asked, "forwards": search / forward}
 
 
 class _Seen(list[Batch]):
     """Batches that count how many were asked for."""
 
-    count = 0
+    asked = 0
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
-            self.count += 1
+            self.asked += 1
             yield batch
 
 

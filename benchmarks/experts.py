@@ -1,7 +1,7 @@
 """Routed experts at one linear layer: one gated product for all of them, beside a loop over experts.
 
-Eight LoRAs of rank 8 and the two that a router gives each token, forward and backward, gradients for factors, router
-and input.
+Eight LoRAs of rank 8 and the two that a router gives each token, forward and backward, gradients for the router, the
+input and, where they train, the factors.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ EXPERTS, RANK, CHOSEN = 8, 8, 2
 WIDTH, TOKENS = 1024, 4096
 
 
-def measure(how: str, dtype: str, steps: int) -> dict[str, Any]:
+def measure(how: str, train: str, dtype: str, steps: int) -> dict[str, Any]:
     """Median seconds of a forward and backward, and what is above those of the layer without experts.
 
     Args:
         how: `product`, Pegbox's MeteoRA, or `loop`.
+        train: `gates`, or `all`.
         dtype: of layer and tokens, a key of DTYPES; experts and router are float32.
     """
     torch.manual_seed(0)
     layer = nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False).to(DTYPES[dtype])
     x = torch.randn(1, TOKENS, WIDTH, dtype=DTYPES[dtype], requires_grad=True)
     bare = _median(layer, x, steps)
-    step = _median(_product(layer) if how == "product" else _loop(layer), x, steps)
+    step = _median({"product": _product, "loop": _loop}[how](layer, train), x, steps)
     return {"step": step, "bare": bare, "above": step - bare}
 
 
@@ -45,18 +46,20 @@ def _median(call: Any, x: Tensor, steps: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def _product(layer: nn.Linear) -> Any:
+def _product(layer: nn.Linear, train: str) -> Any:
     import pegbox
 
     ranks = (RANK,) * EXPERTS
-    return pegbox.tune(nn.Sequential(layer), "meteora", targets="0", ranks=ranks, top_k=CHOSEN, train="all").train()
+    return pegbox.tune(nn.Sequential(layer), "meteora", targets="0", ranks=ranks, top_k=CHOSEN, train=train).train()
 
 
-def _loop(layer: nn.Linear) -> Any:
+def _loop(layer: nn.Linear, train: str) -> Any:
     """The tokens of each expert taken out, multiplied, and added back."""
     router = nn.Parameter(torch.randn(EXPERTS, WIDTH) * WIDTH**-0.5)
     a = [nn.Parameter(torch.randn(RANK, WIDTH) * WIDTH**-0.5) for _ in range(EXPERTS)]
     b = [nn.Parameter(torch.zeros(WIDTH, RANK)) for _ in range(EXPERTS)]
+    for factor in (*a, *b):
+        factor.requires_grad_(train == "all")
 
     def call(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)

@@ -157,8 +157,8 @@ def choosing() -> str:
         "| task | base | another's adapter | MeteoRA | its own adapter | chosen |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, losses in found.items():
-        base, other, own, gated, chosen = ([seed[k] for seed in losses] for k in range(5))
+    for name, of_seeds in found.items():
+        base, other, own, gated, chosen = ([losses[k] for losses in of_seeds] for k in range(5))
         share = f"{statistics.mean(chosen):.0%}"
         lines.append(f"| {name} | {' | '.join(map(spelled, (base, other, gated, own)))} | {share} |")
     return "\n".join(lines)

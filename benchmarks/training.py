@@ -16,7 +16,8 @@ from benchmarks.models import ALPHA, RANK, batch, linear_bytes, llama
 
 LEARNING_RATE = 1e-4
 PROMPT_TOKENS = 20  # of prompts, and pairs a layer of prefixes
-IN_TURN, MOST_STEPS = ("lisa",), 100
+SCORES = "_scores"  # a growing method, in steps in which it asks which layers matter
+IN_TURN, MOST_STEPS = ("lisa", f"increlora{SCORES}"), 100
 
 # the weight-space family, about as many trained numbers each as LoRA of rank 16 has
 FAMILY: dict[str, dict[str, Any]] = {
@@ -26,6 +27,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "more": {"rank": RANK},
     "monarch": {},
     "increlora": {"first": RANK, "rank": RANK, "reserve": False},
+    f"increlora{SCORES}": {"first": RANK, "rank": RANK + 1, "reserve": False, "wait": 0, "every": 1000, "beta": 0.999},
     "triadaptlora": {"first": RANK, "rank": RANK},
     "diffora": {"rank": RANK, "alpha": ALPHA},
     "gradnormlorp": {"rank": RANK, "alpha": ALPHA},
@@ -90,7 +92,7 @@ def _stepper(
 
 
 def _turns(tuned: Any, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """What comes before each step of a method that trains its tensors in turn; the measured steps are of one turn."""
+    """What comes before each step of a method that acts between steps; those measured are of one turn, or growth."""
     import pegbox
 
     acts, steps = pegbox.Callback(tuned, save=False), itertools.count()
@@ -142,7 +144,8 @@ def _pegbox(model: nn.Module, method: str) -> tuple[nn.Module, Loss]:
         "lisa": {"active": 2, "period": MOST_STEPS},
         **FAMILY,
     }
-    tuned, objective, data = pegbox.tune(model, method, **settings[method]), objectives.get("causal_lm"), batch()
+    tuned = pegbox.tune(model, method.removesuffix(SCORES), **settings[method])
+    objective, data = objectives.get("causal_lm"), batch()
 
     def loss() -> Tensor:
         losses = [*objective(tuned, data).values(), *tuned.extra_losses().values()]
