@@ -55,7 +55,7 @@ def test_a_head_has_a_rate_of_its_own(bert: Path, tmp_path: Path, method: str) -
     assert len(heads) == 2
     assert {rates[name] for name in heads} == {1e-2}
     assert {rates[name] for name in rates.keys() - heads} == {1e-3}
-    with pytest.raises(SettingsError, match=r"rates\.classifier"):
+    with pytest.raises(SettingsError, match=r"module_rates\.classifier"):
         run(bert, data, out, **more, max_steps=3, resume="auto")
 
 

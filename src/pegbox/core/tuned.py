@@ -74,7 +74,7 @@ class Tuned(nn.Module):
         self.merge_drift: dict[str, storage.Drift] = {}  # by path of a matrix that merging has encoded anew
         self._still = storage.still(model)  # attributes of quantised modules, as they were
         self._watched = True  # whether no site is known to be bypassed
-        self.rates: dict[str, float] = {}  # multiples of the learning rate, by path of a module trained whole
+        self.module_rates: dict[str, float] = {}  # multiples of the learning rate, by path of a module trained whole
         if method is not None:
             self.add(name, method, also_train=also_train, seed=seed)
 
@@ -364,9 +364,9 @@ class Tuned(nn.Module):
     def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimizer parameter groups: each learning rate and decay once; vectors are not decayed.
 
-        `rates` multiplies the rate of modules that are trained whole, `tuned.rates["classifier"] = 10` that of a head.
-        They hold what rests now (see `select`) as well.  What a growing method has taken on later is in groups of its
-        own, in the order of the steps at which it was `born`.
+        `module_rates` multiplies the rate of modules that are trained whole: `tuned.module_rates["classifier"] = 10`
+        that of a head.  Groups hold what rests now (see `select`) as well.  What a growing method has taken on later is
+        in groups of its own, in the order of the steps at which it was `born`.
         """
         grafts = [graft for name in self.active for graft in self.adapter(name).grafts.values()]
         multiples, born = _of_parameters(grafts, "rates"), _of_parameters(grafts, "born")
@@ -381,9 +381,9 @@ class Tuned(nn.Module):
         return sorted(grouped.values(), key=lambda group: group["born"])
 
     def _multiple(self, key: str) -> float:
-        """What `rates` say of a tensor, by its state key."""
+        """What `module_rates` say of a tensor, by its state key."""
         path = key.partition(".")[2]
-        return next((by for place, by in self.rates.items() if path.startswith(f"{place}.")), 1.0)
+        return next((by for place, by in self.module_rates.items() if path.startswith(f"{place}.")), 1.0)
 
     def extra_losses(self) -> dict[str, Tensor]:
         """Terms of the loss beside the objective's, by name: of the methods, and what grafts left in the last forward.

@@ -48,6 +48,6 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     out["objective"] = objective.name if isinstance(objective, Objective) else getattr(objective, "__name__", "")
     if isinstance(objective, Objective) and objective.options is not None:
         out |= {f"objective.{key}": value for key, value in dataclasses.asdict(objective.options).items()}
-    out |= {f"rates.{path}": by for path, by in trainer.tuned.rates.items()}
+    out |= {f"module_rates.{path}": by for path, by in trainer.tuned.module_rates.items()}
     values = {ours: getattr(args, theirs) for ours, theirs in ARGUMENTS.items()}
     return out | {key: value.value if isinstance(value, Enum) else value for key, value in values.items()}

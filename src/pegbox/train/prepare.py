@@ -183,5 +183,5 @@ def put_on(settings: RunSettings, loaded: Loaded, method: Method, seed: int) -> 
     tuned = api.tune(loaded.model, method, also_train=(*named, *new), seed=seed)
     if settings.head_rate != 1:
         whole = map(path_of, tuned.adapter().copies)
-        tuned.rates = dict.fromkeys((*whole, *own), settings.head_rate)
+        tuned.module_rates = dict.fromkeys((*whole, *own), settings.head_rate)
     return tuned
