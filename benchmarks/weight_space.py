@@ -37,6 +37,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "inttune": ("inttune", {"rank": 64, "alpha": 64.0}),
     "loldu": ("loldu", {"rank": 64, "alpha": 64.0}),
     "more": ("more", {}),
+    "monarch": ("monarch", {}),
     "increlora": ("increlora", RANK | {"first": 2, "wait": 10, "every": 5, "top": 12}),
     "triadaptlora": ("triadaptlora", RANK | {"first": 2, "wait": 10, "every": 5}),
     "diffora": ("diffora", RANK | {"search_steps": 20}),
@@ -56,6 +57,7 @@ RATE = 3.16e-3  # the middle of the grid: 1e-3, 3.2e-3, 1e-2
 RATES = dict.fromkeys(METHODS | CONTROLS, RATE) | {
     "lora_ga": 3.16e-4,  # starts near where the gradient leads
     "inttune": 9.5e-3,  # few numbers, each the size of a whole term
+    "monarch": 4.9e-4,  # the base's own weights, as near as the structure allows
     "full": 1.58e-4,
 }
 
@@ -81,7 +83,7 @@ class Study:
 
 SENTENCES: dict[str, Any] = {"model": "minilm", "max_steps": 100, "batch_size": 32, "max_length": 64}
 BANKING = SENTENCES | {"data": "banking77/train.jsonl.gz", "test": "banking77/test.jsonl.gz", "valid_share": 0.06}
-HEAD = ("lora", "rslora", "pissa", "eva", "lora_ga")
+HEAD = ("lora", "pissa", "eva", "lora_ga")
 STUDIES = {
     "banking77": Study(
         "all-MiniLM-L6-v2 on banking77, a new classifier beside the adapter, 100 steps of 32 sentences.", BANKING
