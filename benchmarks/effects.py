@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +23,7 @@ SETTING = (
     "first designed, the middles of the rates' grids were looked at on test rows."
 )
 BEGIN, END = "<!-- demo table -->", "<!-- end of the demo table -->"
+MEASURED = "<!-- what was measured: written by the command, do not edit below -->"
 # Sizes near one another where the method has a size; the others as they come.
 OWN = {
     "lora.rank": 8,
@@ -78,6 +79,13 @@ def record(name: str, command: str, page: str, setting: str, tables: Mapping[str
     folder.mkdir(parents=True, exist_ok=True)
     kept = {"command": command, "page": page, "setting": setting, "methods": dict(tables)}
     (folder / f"{name}.json").write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
+def below(page: str, parts: Sequence[str]) -> None:
+    """Write the measured part of a page; what stands before it, by hand, is kept."""
+    path = DOCS / page
+    head = path.read_text().partition(MEASURED)[0].rstrip() if path.exists() else f"# {path.stem}"
+    path.write_text("\n\n".join([head, MEASURED, *(part.strip() for part in parts)]) + "\n")
 
 
 def rows_of(table: str) -> dict[str, str]:

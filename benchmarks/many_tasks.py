@@ -4,7 +4,7 @@
 
 `new` tunes on many small tasks together, then on 32 examples of a task that was not among them: MHR, Poly, one LoRA
 for all tasks, and a LoRA that starts from nothing.  `choice` trains an adapter for each of some tasks, then MeteoRA's
-gates over all of them, and asks which adapter a token of a held-out row is given to.  Writes docs/many-tasks.md.
+gates over all of them, and asks which adapter a token of a held-out row is given to.  Writes docs/many-tasks.md's tables.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.effects import record
+from benchmarks.effects import below, record
 from zoo import instruct_data
 
 ROOT = Path(__file__).parents[1]
-DATA, DOCS, RUN = ROOT.parent / "shared" / "data", ROOT / "docs", ROOT / "runs" / "many_tasks"
+DATA, RUN = ROOT.parent / "shared" / "data", ROOT / "runs" / "many_tasks"
 SEEDS, RATES = (1, 2, 3), (1e-3, 1e-2)
 SEEN, FEW, JUDGED, CHOSEN = 150, 32, 150, 100  # rows of a task: learned together, learned later, judged, for the rate
 NEW = ("banking77", "sectors", "last word")
@@ -69,14 +69,7 @@ def main(names: list[str]) -> None:
         _, about, table = text.split("\n\n", 2)
         command = f"python -m benchmarks.many_tasks {name}"
         record(f"many_tasks_{name}", command, PAGE, f"{ON} {about}", {method: table})
-    head = [
-        "# Many tasks",
-        "",
-        ON,
-        "Made by `make many-tasks`.",
-    ]
-    told = [(RUN / f"{name}.md").read_text().strip() for name in parts if (RUN / f"{name}.md").exists()]
-    (DOCS / PAGE).write_text("\n".join(head) + "\n\n" + "\n\n".join(told) + "\n")
+    below(PAGE, [(RUN / f"{name}.md").read_text() for name in parts if (RUN / f"{name}.md").exists()])
 
 
 # -- new tasks -----------------------------------------------------------------------------------------------------

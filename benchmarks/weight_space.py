@@ -4,7 +4,7 @@
     python -m benchmarks.weight_space banking77  # one of them
 
 Every method gets as many learning rates around its usual one, then three seeds with the best; sizes near one another.
-Writes docs/weight-space.md, and what methods' own pages quote of it.
+Writes the tables of docs/weight-space.md, and what methods' own pages quote of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.effects import record, rows_of
+from benchmarks.effects import below, record, rows_of
 from zoo import instruct_data
 
 ROOT = Path(__file__).parents[1]
-DATA, DOCS, RUN = ROOT.parent / "shared" / "data", ROOT / "docs", ROOT / "runs" / "weight_space"
+DATA, RUN = ROOT.parent / "shared" / "data", ROOT / "runs" / "weight_space"
 BUDGET: dict[str, Any] = {"trials": 3, "seeds": 3}
 PAGE = "weight-space.md"
 RANK = {"rank": 8, "alpha": 16.0}
@@ -57,7 +57,6 @@ RATE = 3.16e-3  # the middle of the grid: 1e-3, 3.2e-3, 1e-2
 RATES = dict.fromkeys(METHODS | CONTROLS, RATE) | {
     "lora_ga": 3.16e-4,  # starts near where the gradient leads
     "inttune": 9.5e-3,  # few numbers, each the size of a whole term
-    "monarch": 4.9e-4,  # the base's own weights, as near as the structure allows
     "full": 1.58e-4,
 }
 
@@ -186,18 +185,9 @@ def _questions() -> Path:
 
 
 def write_page() -> None:
-    """docs/weight-space.md, of the studies that are there."""
-    parts = [
-        "# The weight-space family",
-        "",
-        "Starts, growing ranks, structured matrices and experts beside LoRA, DoRA, PiSSA, rsLoRA and full tuning:",
-        f"{BUDGET['trials']} learning rates each, three seeds with the best, the same steps; adapters in float32 on a",
-        "base in bfloat16, full tuning in float32. Made by `make weight-space`.",
-    ]
-    for name in STUDIES:
-        if (RUN / f"{name}.md").exists():
-            parts += ["", f"## {name}", "", STUDIES[name].about, "", (RUN / f"{name}.md").read_text().strip()]
-    (DOCS / PAGE).write_text("\n".join(parts) + "\n")
+    """The tables of docs/weight-space.md, of the studies that are there."""
+    told = {name: RUN / f"{name}.md" for name in STUDIES}
+    below(PAGE, [f"## {n}\n\n{STUDIES[n].about}\n\n{p.read_text().strip()}" for n, p in told.items() if p.exists()])
 
 
 if __name__ == "__main__":
