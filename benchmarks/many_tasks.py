@@ -4,7 +4,7 @@
 
 `new` tunes on many small tasks together, then on 32 examples of a task that was not among them: MHR, Poly, one LoRA
 for all tasks, and a LoRA that starts from nothing.  `choice` trains an adapter for each of some tasks, then MeteoRA's
-gates over all of them, and asks which adapter a token of a held-out row is given to.  Writes docs/many-tasks.md's tables.
+gates over all of them, and asks which adapter a token of a held-out row is given to.  Makes docs/many-tasks.md.
 """
 
 from __future__ import annotations
