@@ -105,8 +105,8 @@ def test_peft_runs_what_was_found(method: str, eva: pegbox.core.Tuned, tmp_path:
     for path, graft in started(tuned, "default").items():
         rank = len(graft.a)  # of twice as many where A_0 and B_0 are in the file
         a, b = (want[f"{NAME}{path}.lora_{x}.default.weight"] for x in "AB")
-        torch.testing.assert_close(graft.a.grad, a[:rank], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(graft.b.grad, b[:, :rank], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(graft.a.grad, a[:rank], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(graft.b.grad, b[:, :rank], rtol=1e-5, atol=1e-5)
 
 
 def test_lora_gas_directions_are_pefts_and_its_lengths_are_the_papers() -> None:

@@ -47,7 +47,7 @@ def test_a_batch_of_many_tasks_is_each_row_alone(heads: int) -> None:
     ids = torch.tensor([2, 0, 2, 1])
     have = tuned(x, task_ids=ids)
     want = torch.stack([by_hand(graft, w, row, int(task)) for row, task in zip(x, ids, strict=True)])
-    assert torch.allclose(have, want, atol=1e-4)
+    assert torch.allclose(have, want, rtol=1e-5, atol=1e-5)
     with tuned.given(task_ids=ids):
         assert torch.equal(tuned(x), have)
 
@@ -55,9 +55,9 @@ def test_a_batch_of_many_tasks_is_each_row_alone(heads: int) -> None:
 def test_one_task_is_the_first_of_many() -> None:
     tuned, graft, w = layer(skills=4, heads=2)
     x = torch.randn(5, IN)
-    assert torch.allclose(tuned(x), by_hand(graft, w, x, 0), atol=1e-4)
+    assert torch.allclose(tuned(x), by_hand(graft, w, x, 0), rtol=1e-5, atol=1e-5)
     merged = tuned.merge()
-    assert torch.allclose(merged(x), by_hand(graft, w, x, 0), atol=1e-4)
+    assert torch.allclose(merged(x), by_hand(graft, w, x, 0), rtol=1e-5, atol=1e-5)
 
 
 def test_copies_of_rows_have_the_task_of_their_row() -> None:
