@@ -226,13 +226,17 @@ def trained(
 
 def once(key: str, make: Callable[..., float], *args: Any) -> float:
     """A number that is kept under a key; made, by a call, if it is not there yet."""
+    if (found := _kept().get(key)) is not None:
+        return found
+    found = make(*args)
+    print(f"{key}: {found:.4f}", flush=True)
+    (RUN / "results.json").write_text(json.dumps(_kept() | {key: found}, indent=1) + "\n")
+    return found
+
+
+def _kept() -> dict[str, float]:
     file = RUN / "results.json"
-    kept: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    if key not in kept:
-        kept[key] = make(*args)
-        print(f"{key}: {kept[key]:.4f}", flush=True)
-        file.write_text(json.dumps(kept, indent=1) + "\n")
-    return kept[key]
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def written(name: str, rows: Iterable[Row]) -> Path:
