@@ -41,9 +41,11 @@ effects: $(STAMP)  ## every method's effect on real data (about 15 minutes); rew
 
 weight-space: $(STAMP)  ## initialisers, growing ranks, experts beside LoRA on three data sets (some hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.weight_space
+	$(BIN)/python docs/generate.py
 
 many-tasks: $(STAMP)  ## new tasks from few examples, and choosing between adapters (about an hour; goes on where it stopped)
 	$(BIN)/python -m benchmarks.many_tasks
+	$(BIN)/python docs/generate.py
 
 mutants: $(STAMP)  ## plant one defect per conformance check and see it caught
 	$(BIN)/python -m tests.mutants
