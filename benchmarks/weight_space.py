@@ -82,7 +82,7 @@ class Study:
 
 SENTENCES: dict[str, Any] = {"model": "minilm", "max_steps": 100, "batch_size": 32, "max_length": 64}
 BANKING = SENTENCES | {"data": "banking77/train.jsonl.gz", "test": "banking77/test.jsonl.gz", "valid_share": 0.06}
-HEAD = ("lora", "pissa", "eva", "lora_ga")
+HEAD = ("lora", "lora_ga")
 STUDIES = {
     "banking77": Study(
         "all-MiniLM-L6-v2 on banking77, a new classifier beside the adapter, 100 steps of 32 sentences.", BANKING
