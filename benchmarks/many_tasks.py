@@ -210,15 +210,15 @@ def judged(folder: Path, held: Path, before: bool) -> float:
 def trained(
     folder: Path, data: Path, held: Path | None, method: str, own: Mapping[str, Any], seed: int, more: Mapping[str, Any]
 ) -> float:
-    """Train into a folder; the loss on held-out rows, 0 without."""
+    """Train into a folder; the loss on held-out rows after the last step, 0 without."""
     from pegbox.train.run import train
     from pegbox.train.settings import run_settings
 
     shutil.rmtree(folder, ignore_errors=True)
     values = {"model": "nano-llama", "data": str(data), "method": method, "method_settings": own, "seed": seed}
     values |= {"objective": "sft", "max_length": 256, "dtype": "bfloat16", "output": str(folder), **more}
-    if held is not None:
-        values["valid"] = str(held)
+    if held is not None:  # looked at once, so that they choose no checkpoint
+        values |= {"valid": str(held), "eval_steps": more["max_steps"], "save_steps": more["max_steps"]}
     with contextlib.redirect_stdout(io.StringIO()):
         result = train(run_settings(values))
     return float(result.metrics.get("loss", 0.0))
