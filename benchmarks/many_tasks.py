@@ -50,8 +50,8 @@ FROM: dict[str, tuple[str | None, dict[str, Any]]] = {
 }
 EXPERTS = ("banking77", "feelings", "slots", "capitals", "plus", "word problems")
 EXPERT = {"rank": 8, "alpha": 16.0}
-ALONE = {"learning_rate": 3e-3, "max_steps": 80, "batch_size": 16}
-GATES = {"learning_rate": 3e-3, "max_steps": 80, "batch_size": 16}
+ALONE = {"learning_rate": 3e-3, "max_steps": 50, "batch_size": 16}
+GATES = {"learning_rate": 3e-3, "max_steps": 60, "batch_size": 16}
 ON = f"On nano-llama, {len(SEEDS)} seeds; the loss of answers in nats a token, ± half a 95 % interval over seeds."
 PAGE = "many-tasks.md"
 Row = dict[str, Any]
