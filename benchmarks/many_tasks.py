@@ -26,7 +26,7 @@ from zoo import instruct_data
 
 ROOT = Path(__file__).parents[1]
 DATA, RUN = ROOT.parent / "shared" / "data", ROOT / "runs" / "many_tasks"
-SEEDS, RATES = (1, 2, 3), (1e-3, 1e-2)
+SEEDS, RATES = (1, 2, 3), (1e-3, 3e-3, 1e-2)
 SEEN, FEW, JUDGED, CHOSEN = 150, 32, 150, 100  # rows of a task: learned together, learned later, judged, for the rate
 NEW = ("banking77", "sectors", "last word")
 TOGETHER = {"learning_rate": 3e-3, "max_steps": 200, "batch_size": 16}
@@ -94,7 +94,7 @@ def new_tasks() -> str:
         f"## A new task from {FEW} examples",
         "",
         f"{len(seen)} tasks together, {TOGETHER['max_steps']} steps; then {LATER['max_steps']} steps on each of "
-        f"{len(NEW)} others, of two learning rates the better by the first seed on rows apart. Equal numbers in "
+        f"{len(NEW)} others, of three learning rates the best by the first seed on rows apart. Equal numbers in "
         "the adapters (four skills of rank 4, or one LoRA of rank 16).",
         "",
         f"| | rate | {' | '.join(NEW)} | mean |",
