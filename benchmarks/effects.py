@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -81,11 +81,14 @@ def record(name: str, command: str, page: str, setting: str, tables: Mapping[str
     (folder / f"{name}.json").write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
-def below(page: str, parts: Sequence[str]) -> None:
-    """Write the measured part of a page; what stands before it, by hand, is kept."""
+def below(page: str, order: Iterable[str], made: Mapping[str, str]) -> None:
+    """Write sections, by title, below the mark of a page: what stands before it and sections not made anew are kept."""
     path = DOCS / page
-    head = path.read_text().partition(MEASURED)[0].rstrip() if path.exists() else f"# {path.stem}"
-    path.write_text("\n\n".join([head, MEASURED, *(part.strip() for part in parts)]) + "\n")
+    head, _, measured = path.read_text().partition(MEASURED)
+    kept = dict(section.split("\n", 1) for section in measured.split("\n## ")[1:])
+    sections = kept | made
+    parts = [f"## {title}\n\n{sections[title].strip()}" for title in order if title in sections]
+    path.write_text("\n\n".join([head.rstrip(), MEASURED, *parts]) + "\n")
 
 
 def rows_of(table: str) -> dict[str, str]:

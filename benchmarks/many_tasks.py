@@ -58,25 +58,21 @@ Row = dict[str, Any]
 
 
 def main(names: list[str]) -> None:
-    parts: dict[str, tuple[Callable[[], str], str]] = {"new": (new_tasks, "mhr"), "choice": (choosing, "meteora")}
-    if unknown := [name for name in names if name not in parts]:
-        raise SystemExit(f"there is no part {unknown[0]!r}; expected some of {', '.join(parts)}")
-    for name in names or parts:
-        RUN.mkdir(parents=True, exist_ok=True)
-        make, method = parts[name]
-        text = make()
-        (RUN / f"{name}.md").write_text(text)
-        _, about, table = text.split("\n\n", 2)
-        command = f"python -m benchmarks.many_tasks {name}"
-        record(f"many_tasks_{name}", command, PAGE, f"{ON} {about}", {method: table})
-    below(PAGE, [(RUN / f"{name}.md").read_text() for name in parts if (RUN / f"{name}.md").exists()])
+    if unknown := [name for name in names if name not in PARTS]:
+        raise SystemExit(f"there is no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+    RUN.mkdir(parents=True, exist_ok=True)
+    for name in names or PARTS:
+        title, method, make = PARTS[name]
+        about, table = make()
+        record(f"many_tasks_{name}", f"python -m benchmarks.many_tasks {name}", PAGE, f"{ON} {about}", {method: table})
+        below(PAGE, [title for title, *_ in PARTS.values()], {title: f"{about}\n\n{table}"})
 
 
 # -- new tasks -----------------------------------------------------------------------------------------------------
 
 
-def new_tasks() -> str:
-    """A table: how well each way learns each new task."""
+def new_tasks() -> tuple[str, str]:
+    """What was done, in words, and a table: how well each way learns each new task."""
     tasks = all_tasks()
     seen = [name for name in tasks if name not in NEW]
     together = written("together", [row for name in seen for row in tasks[name][:SEEN]])
@@ -90,13 +86,12 @@ def new_tasks() -> str:
                 best[way] = min(tried, key=tried.__getitem__)
             for task in NEW:
                 found[way][task].append(_later(way, task, tasks[task], starts, best[way], seed, "judged"))
-    lines = [
-        f"## A new task from {FEW} examples",
-        "",
+    about = (
         f"{len(seen)} tasks together, {TOGETHER['max_steps']} steps; then {LATER['max_steps']} steps on each of "
         f"{len(NEW)} others, of three learning rates the best by the first seed on rows apart. Equal numbers in "
-        "the adapters (four skills of rank 4, or one LoRA of rank 16).",
-        "",
+        "the adapters (four skills of rank 4, or one LoRA of rank 16)."
+    )
+    lines = [
         f"| | rate | {' | '.join(NEW)} | mean |",
         "| --- | ---: |" + " ---: |" * (len(NEW) + 1),
     ]
@@ -104,7 +99,7 @@ def new_tasks() -> str:
         means = [statistics.mean(losses) for losses in zip(*by_task.values(), strict=True)]
         cells = [spelled(losses) for losses in (*by_task.values(), means)]
         lines.append(f"| {way} | {best[way]:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return about, "\n".join(lines)
 
 
 def _together(name: str, data: Path, tasks: int, seed: int) -> Path:
@@ -132,21 +127,20 @@ def _later(
 # -- choosing ------------------------------------------------------------------------------------------------------
 
 
-def choosing() -> str:
-    """A table: MeteoRA beside each task's own adapter, and how often its gates choose that one."""
+def choosing() -> tuple[str, str]:
+    """What was done, in words, and a table: MeteoRA beside a task's own adapter, and how often its gates choose it."""
     tasks = all_tasks()
     parts = {name: (tasks[name][JUDGED:], written(f"held {name}", tasks[name][:JUDGED])) for name in EXPERTS}
     found: dict[str, list[list[float]]] = {name: [] for name in EXPERTS}
     for seed in SEEDS:
         for name, losses in _chosen(parts, seed).items():
             found[name].append(losses)
-    lines = [
-        "## Choosing between adapters",
-        "",
+    about = (
         f"An adapter for each of {len(EXPERTS)} tasks, {ALONE['max_steps']} steps; then MeteoRA's gates on rows of all "
         f"of them, {GATES['max_steps']} steps, the adapters as they are. Chosen: of the tokens of held-out rows and of "
-        f"the layers, the share whose first choice is the task's own adapter (by chance {1 / len(EXPERTS):.0%}).",
-        "",
+        f"the layers, the share whose first choice is the task's own adapter (by chance {1 / len(EXPERTS):.0%})."
+    )
+    lines = [
         "| task | base | another's adapter | MeteoRA | its own adapter | chosen |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -154,7 +148,7 @@ def choosing() -> str:
         base, other, own, gated, chosen = ([losses[k] for losses in of_seeds] for k in range(5))
         share = f"{statistics.mean(chosen):.0%}"
         lines.append(f"| {name} | {' | '.join(map(spelled, (base, other, gated, own)))} | {share} |")
-    return "\n".join(lines)
+    return about, "\n".join(lines)
 
 
 def _chosen(parts: Mapping[str, tuple[Sequence[Row], Path]], seed: int) -> dict[str, list[float]]:
@@ -295,6 +289,12 @@ def all_tasks() -> dict[str, list[Row]]:
         random.Random(0).shuffle(rows)
     return found
 
+
+# a part's title, the method that it is about, and what makes it
+PARTS: dict[str, tuple[str, str, Callable[[], tuple[str, str]]]] = {
+    "new": (f"A new task from {FEW} examples", "mhr", new_tasks),
+    "choice": ("Choosing between adapters", "meteora", choosing),
+}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

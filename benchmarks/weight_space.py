@@ -129,9 +129,8 @@ def main(names: list[str]) -> None:
         if study.full:
             tables.append(compared(study, f"{name}_full", FULL, dtype="float32"))
         tried = by_rate(RUN / name / "trials.jsonl", study.settings["max_steps"])
-        (RUN / f"{name}.md").write_text("\n".join([*tables, tried]))
         record(f"weight_space_{name}", command, PAGE, study.about, by_method(tables))
-        write_page()
+        below(PAGE, STUDIES, {name: "\n".join([f"{study.about}\n", *tables, tried])})
 
 
 def compared(study: Study, folder: str, methods: Mapping[str, tuple[str, dict[str, Any]]], **more: Any) -> str:
@@ -182,12 +181,6 @@ def _questions() -> Path:
     rows = [{"messages": turns} for turns in instruct_data.gsm8k(DATA, random.Random(0))][:3000]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def write_page() -> None:
-    """The tables of docs/weight-space.md, of the studies that are there."""
-    told = {name: RUN / f"{name}.md" for name in STUDIES}
-    below(PAGE, [f"## {n}\n\n{STUDIES[n].about}\n\n{p.read_text().strip()}" for n, p in told.items() if p.exists()])
 
 
 if __name__ == "__main__":
