@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.effects import below, record
 from zoo import instruct_data
 
@@ -138,21 +140,22 @@ def choosing() -> tuple[str, str]:
     about = (
         f"An adapter for each of {len(EXPERTS)} tasks, {ALONE['max_steps']} steps; then MeteoRA's gates on rows of all "
         f"of them, {GATES['max_steps']} steps, the adapters as they are. Chosen: of the tokens of held-out rows and of "
-        f"the layers, the share whose first choice is the task's own adapter (by chance {1 / len(EXPERTS):.0%})."
+        f"the layers, the share whose first choice is the task's own adapter (by chance {1 / len(EXPERTS):.0%}); in "
+        "rows: the share of rows in which that one is chosen most often."
     )
     lines = [
-        "| task | base | another's adapter | MeteoRA | its own adapter | chosen |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| task | base | another's adapter | MeteoRA | its own adapter | chosen | in rows |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, of_seeds in found.items():
-        base, other, own, gated, chosen = ([losses[k] for losses in of_seeds] for k in range(5))
-        share = f"{statistics.mean(chosen):.0%}"
-        lines.append(f"| {name} | {' | '.join(map(spelled, (base, other, gated, own)))} | {share} |")
+        base, other, own, gated, *shares = zip(*of_seeds, strict=True)
+        cells = [*map(spelled, (base, other, gated, own)), *(f"{statistics.mean(share):.0%}" for share in shares)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return about, "\n".join(lines)
 
 
 def _chosen(parts: Mapping[str, tuple[Sequence[Row], Path]], seed: int) -> dict[str, list[float]]:
-    """By task: the losses of the base, another's adapter, its own, the gates; and the share of right choices."""
+    """By task: the losses of the base, another's adapter, its own, the gates; and the shares of right choices."""
     folders = {name: RUN / f"expert-{name.replace(' ', '-')}-{seed}" for name in EXPERTS}
     for name, (rows, _) in parts.items():
         data = written(f"expert {name}", rows)
@@ -168,13 +171,14 @@ def _chosen(parts: Mapping[str, tuple[Sequence[Row], Path]], seed: int) -> dict[
             once(f"loss other {name} {seed}", judged, other, held, False),
             once(f"loss own {name} {seed}", judged, folders[name], held, False),
             once(f"loss gates {name} {seed}", judged, gates, held, False),
-            once(f"right {name} {seed}", right, gates, held, place),
+            once(f"right {name} {seed}", right, gates, held, place, False),
+            once(f"right rows {name} {seed}", right, gates, held, place, True),
         ]
     return found
 
 
-def right(folder: Path, held: Path, place: int) -> float:
-    """The share of tokens and layers whose gate likes an expert best."""
+def right(folder: Path, held: Path, place: int, of_rows: bool) -> float:
+    """The share of tokens and layers whose gate likes an expert best, or of rows in which it is liked most often."""
     from pegbox.evaluate.opened import open_adapter
 
     opened = open_adapter(str(folder))
@@ -184,8 +188,8 @@ def right(folder: Path, held: Path, place: int) -> float:
         turns = json.loads(line)["messages"]
         inputs = opened.tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
         opened.tuned(**inputs)
-        routes = opened.tuned.context.routes.values()
-        hits += [route.logits.argmax(-1).eq(place).float().mean().item() for route in routes]
+        liked = torch.cat([route.logits.argmax(-1).flatten() for route in opened.tuned.context.routes.values()])
+        hits.append(float(liked.mode().values == place) if of_rows else liked.eq(place).float().mean().item())
     return statistics.mean(hits)
 
 
