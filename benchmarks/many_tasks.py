@@ -1,10 +1,12 @@
-"""Methods for many tasks, on nano-llama: learning a new task from few examples, and choosing between adapters.
+"""Methods for many tasks: learning a new one from few examples, choosing between adapters, and several at once.
 
-    python -m benchmarks.many_tasks            # `make many-tasks`, about an hour; goes on where it stopped
+    python -m benchmarks.many_tasks            # `make many-tasks`, an hour or two; goes on where it stopped
+    python -m benchmarks.many_tasks choice     # one of new, choice, dense
 
-`new` tunes on many small tasks together, then on 32 examples of a task that was not among them: MHR, Poly, one LoRA
-for all tasks, and a LoRA that starts from nothing.  `choice` trains an adapter for each of some tasks, then MeteoRA's
-gates over all of them, and asks which adapter a token of a held-out row is given to.  Makes docs/many-tasks.md.
+`new` tunes nano-llama on many small tasks together, then on 32 examples of a task that was not among them: MHR, Poly,
+one LoRA for all tasks, and a LoRA that starts from nothing.  `choice` trains an adapter for each of some tasks, then
+MeteoRA's gates over all of them, and asks which adapter a token of a held-out row is given to.  `dense` is
+benchmarks/dense_tasks.py.  Makes docs/many-tasks.md.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.dense_tasks import dense_tasks
 from benchmarks.effects import below, record
+from benchmarks.kept import Kept, spelled
 from zoo import instruct_data
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +58,8 @@ EXPERTS = ("banking77", "feelings", "slots", "capitals", "plus", "word problems"
 EXPERT = {"rank": 8, "alpha": 16.0}
 ALONE = {"learning_rate": 3e-3, "max_steps": 50, "batch_size": 16}
 GATES = {"learning_rate": 3e-3, "max_steps": 240, "batch_size": 16}
-ON = f"On nano-llama, {len(SEEDS)} seeds; the loss of answers in nats a token, ± half a 95 % interval over seeds."
+ON = f"On nano-llama, {len(SEEDS)} seeds; the loss of answers in nats a token."
+KEPT = Kept(RUN / "results.json")
 PAGE = "many-tasks.md"
 Row = dict[str, Any]
 
@@ -66,7 +71,7 @@ def main(names: list[str]) -> None:
     for name in names or PARTS:
         title, method, make = PARTS[name]
         about, table = make()
-        record(f"many_tasks_{name}", f"python -m benchmarks.many_tasks {name}", PAGE, f"{ON} {about}", {method: table})
+        record(f"many_tasks_{name}", f"python -m benchmarks.many_tasks {name}", PAGE, about, {method: table})
         below(PAGE, [title for title, *_ in PARTS.values()], {title: f"{about}\n\n{table}"})
 
 
@@ -89,7 +94,7 @@ def new_tasks() -> tuple[str, str]:
             for task in NEW:
                 found[way][task].append(_later(way, task, tasks[task], starts, best[way], seed, "judged"))
     about = (
-        f"{len(seen)} tasks together, {TOGETHER['max_steps']} steps; then {LATER['max_steps']} steps on each of "
+        f"{ON} {len(seen)} tasks together, {TOGETHER['max_steps']} steps; then {LATER['max_steps']} steps on each of "
         f"{len(NEW)} others, of three learning rates the best by the first seed on rows apart. Equal numbers in "
         "the adapters (four skills of rank 4, or one LoRA of rank 16)."
     )
@@ -109,7 +114,7 @@ def _together(name: str, data: Path, tasks: int, seed: int) -> Path:
     method, settings = MANY[name]
     more = {"tasks": tasks} if name != "lora" else {}
     folder = RUN / f"{name}-{seed}"
-    once(f"together {name} {seed}", trained, folder, data, None, method, settings | more, seed, TOGETHER)
+    KEPT.once(f"together {name} {seed}", trained, folder, data, None, method, settings | more, seed, TOGETHER)
     return folder
 
 
@@ -123,7 +128,7 @@ def _later(
     held = written(f"{on} {task}", rows[:JUDGED] if on == "judged" else rows[JUDGED : JUDGED + CHOSEN])
     more = LATER | {"learning_rate": rate} | ({"start_from": str(starts[of])} if of else {})
     name = f"later {way} {task} {rate:g} {seed} {on}"
-    return once(name, trained, RUN / "later", few, held, method, settings | changes, seed, more)
+    return KEPT.once(name, trained, RUN / "later", few, held, method, settings | changes, seed, more)
 
 
 # -- choosing ------------------------------------------------------------------------------------------------------
@@ -138,10 +143,10 @@ def choosing() -> tuple[str, str]:
         for name, losses in _chosen(parts, seed).items():
             found[name].append(losses)
     about = (
-        f"An adapter for each of {len(EXPERTS)} tasks, {ALONE['max_steps']} steps; then MeteoRA's gates on rows of all "
-        f"of them, {GATES['max_steps']} steps, the adapters as they are. Chosen: of the tokens of held-out rows and of "
-        f"the layers, the share whose first choice is the task's own adapter (by chance {1 / len(EXPERTS):.0%}); in "
-        "rows: the share of rows in which that one is chosen most often."
+        f"{ON} An adapter for each of {len(EXPERTS)} tasks, {ALONE['max_steps']} steps; then MeteoRA's gates on rows "
+        f"of all of them, {GATES['max_steps']} steps, the adapters as they are. Chosen: of the tokens of held-out rows "
+        "and of the layers, the share whose first choice is the task's own adapter (by chance "
+        f"{1 / len(EXPERTS):.0%}); in rows: the share of rows in which that one is chosen most often."
     )
     lines = [
         "| task | base | another's adapter | MeteoRA | its own adapter | chosen | in rows |",
@@ -159,20 +164,20 @@ def _chosen(parts: Mapping[str, tuple[Sequence[Row], Path]], seed: int) -> dict[
     folders = {name: RUN / f"expert-{name.replace(' ', '-')}-{seed}" for name in EXPERTS}
     for name, (rows, _) in parts.items():
         data = written(f"expert {name}", rows)
-        once(f"expert {name} {seed}", trained, folders[name], data, None, "lora", EXPERT, seed, ALONE)
+        KEPT.once(f"expert {name} {seed}", trained, folders[name], data, None, "lora", EXPERT, seed, ALONE)
     data, gates = written("gates", [row for rows, _ in parts.values() for row in rows[:SEEN]]), RUN / f"gates-{seed}"
     given = {"adapters": [str(folder) for folder in folders.values()], "names": list(EXPERTS)}
-    once(f"gates {seed}", trained, gates, data, None, "meteora", given, seed, GATES)
+    KEPT.once(f"gates {seed}", trained, gates, data, None, "meteora", given, seed, GATES)
     found = {}
     for place, (name, (_, held)) in enumerate(parts.items()):
         other = folders[EXPERTS[(place + 1) % len(EXPERTS)]]
         found[name] = [
-            once(f"loss base {name} {seed}", judged, folders[name], held, True),
-            once(f"loss other {name} {seed}", judged, other, held, False),
-            once(f"loss own {name} {seed}", judged, folders[name], held, False),
-            once(f"loss gates {name} {seed}", judged, gates, held, False),
-            once(f"right {name} {seed}", right, gates, held, place, False),
-            once(f"right rows {name} {seed}", right, gates, held, place, True),
+            KEPT.once(f"loss base {name} {seed}", judged, folders[name], held, True),
+            KEPT.once(f"loss other {name} {seed}", judged, other, held, False),
+            KEPT.once(f"loss own {name} {seed}", judged, folders[name], held, False),
+            KEPT.once(f"loss gates {name} {seed}", judged, gates, held, False),
+            KEPT.once(f"right {name} {seed}", right, gates, held, place, False),
+            KEPT.once(f"right rows {name} {seed}", right, gates, held, place, True),
         ]
     return found
 
@@ -222,33 +227,11 @@ def trained(
     return float(result.metrics.get("loss", 0.0))
 
 
-def once(key: str, make: Callable[..., float], *args: Any) -> float:
-    """A number that is kept under a key; made, by a call, if it is not there yet."""
-    if (found := _kept().get(key)) is not None:
-        return found
-    found = make(*args)
-    print(f"{key}: {found:.4f}", flush=True)
-    (RUN / "results.json").write_text(json.dumps(_kept() | {key: found}, indent=1) + "\n")
-    return found
-
-
-def _kept() -> dict[str, float]:
-    file = RUN / "results.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
 def written(name: str, rows: Iterable[Row]) -> Path:
     """A file of rows."""
     path = RUN / f"{name.replace(' ', '-')}.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def spelled(values: Sequence[float]) -> str:
-    """Mean and half a 95 % interval, by Student's t."""
-    from pegbox.evaluate.statistics import student_half
-
-    return f"{statistics.mean(values):.3f} ± {student_half(values):.3f}"
 
 
 def all_tasks() -> dict[str, list[Row]]:
@@ -298,6 +281,7 @@ def all_tasks() -> dict[str, list[Row]]:
 PARTS: dict[str, tuple[str, str, Callable[[], tuple[str, str]]]] = {
     "new": (f"A new task from {FEW} examples", "mhr", new_tasks),
     "choice": ("Choosing between adapters", "meteora", choosing),
+    "dense": ("Dense tasks of one picture", "mtlora", dense_tasks),
 }
 
 if __name__ == "__main__":
