@@ -43,7 +43,7 @@ weight-space: $(STAMP)  ## initialisers, growing ranks, experts beside LoRA on t
 	$(BIN)/python -m benchmarks.weight_space
 	$(BIN)/python docs/generate.py
 
-many-tasks: $(STAMP)  ## new tasks from few examples, and choosing between adapters (about an hour; goes on where it stopped)
+many-tasks: $(STAMP)  ## new tasks from few examples, choosing between adapters, several tasks at once (an hour or two; goes on where it stopped)
 	$(BIN)/python -m benchmarks.many_tasks
 	$(BIN)/python docs/generate.py
 

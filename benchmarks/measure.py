@@ -10,7 +10,7 @@ import sys
 import warnings
 from typing import Any
 
-KINDS = ("training", "chat", "decoding", "denoising", "pretraining", "experts", "calibration", "starting")
+KINDS = ("training", "chat", "decoding", "denoising", "pretraining", "experts", "streams", "calibration", "starting")
 
 
 def fresh(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -230,7 +230,25 @@ def _family() -> list[Pair]:
         "calibration", "EVA's search, fp32", "calibration", {}, None, (search, Bar("batches", value("ours.batches")))
     )
     family = (_ours(name, "lora", dtype, name, bars, FAMILY) for name in NAMES for dtype in DTYPES)
-    return [*family, *scores, *experts, calibration]
+    return [*family, *scores, *map(_streams, DTYPES), *experts, calibration]
+
+
+def _streams(dtype: str) -> Pair:
+    """MTLoRA with tasks beside our LoRA, on a hierarchical backbone."""
+    shared = {"dtype": dtype, "steps": STEPS}
+    return Pair(
+        f"mtlora_tasks-{dtype}",
+        f"mtlora, four tasks, {dtype}",
+        "streams",
+        {"method": "mtlora", **shared},
+        {"method": "lora", **shared},
+        (
+            Bar("time of a step, of our LoRA's", ratio("ours.step", "theirs.step")),
+            Bar("what the streams alone take, of our LoRA's step", ratio("ours.alone", "theirs.step")),
+            Bar("trained numbers, of our LoRA's", ratio("ours.trained", "theirs.trained")),
+        ),
+        note=STREAMS,
+    )
 
 
 NAMES = (
@@ -242,6 +260,13 @@ EXPERTS = (
     "layer's own products, forward and back, are in both sides' time, not in what experts add to it.  MeteoRA trains "
     "the gates.  Where experts train too, the six products with their 64 directions are 0.19 of the layer's two; in "
     "fp32 these two are about 0.4 of the loop's time, so no ratio above 2.1 is there to be had."
+)
+STREAMS = (
+    "Swin-T's sizes on 4 x 224 x 224 pixels, rank 16, and 4 for each of four tasks, beside Pegbox's own LoRA of as "
+    "many numbers.  The last block of a stage has five streams instead of one: the base's products there are made "
+    "once, but norm, activation and residual sums are each stream's own, and so is the product that downsamples it. "
+    "Those alone are timed too; on top of them come the tasks' thin products.  A LoRA for each task would be four "
+    "steps."
 )
 SCORES = (
     "IncreLoRA in the steps before a growth, in which it asks which layers matter: 33 of every 100 as it is set.  The "
