@@ -82,17 +82,18 @@ class Study:
 
 SENTENCES: dict[str, Any] = {"model": "minilm", "max_steps": 100, "batch_size": 32, "max_length": 64}
 BANKING = SENTENCES | {"data": "banking77/train.jsonl.gz", "test": "banking77/test.jsonl.gz", "valid_share": 0.06}
-HEAD = ("lora", "lora_ga")
+HEAD = ("lora", "lora_ga", "increlora", "triadaptlora")
 STUDIES = {
     "banking77": Study(
         "all-MiniLM-L6-v2 on banking77, a new classifier beside the adapter, 100 steps of 32 sentences.", BANKING
     ),
     "banking77_head": Study(
         "The same with ten times the learning rate for the classifier: an adapter that starts near where the gradient "
-        "leads wants small steps, a classifier that starts from nothing does not.",
+        "leads wants small steps, as one of full rank from the first step on may, a classifier that starts from "
+        "nothing does not.",
         BANKING | {"head_rate": 10.0},
         HEAD,
-        dict.fromkeys(HEAD, 1e-3),
+        {"lora": 1e-3, "lora_ga": 1e-3, "increlora": RATE, "triadaptlora": RATE},
         full=False,
     ),
     "banking77_growth": Study(
