@@ -54,6 +54,11 @@ FROM: dict[str, tuple[str | None, dict[str, Any]]] = {
     "Poly, the skills' mean": ("poly", {"train": "average"}),
     "MHR-mu, the skills' mean": ("mhr", {"train": "average"}),
 }
+BESIDE = {
+    "MHR": "Poly",
+    "MHR-z, the routing alone": "Poly, the routing alone",
+    "MHR-mu, the skills' mean": "Poly, the skills' mean",
+}
 EXPERTS = ("banking77", "feelings", "slots", "capitals", "plus", "word problems")
 EXPERT = {"rank": 8, "alpha": 16.0}
 ALONE = {"learning_rate": 3e-3, "max_steps": 50, "batch_size": 16}
@@ -102,10 +107,14 @@ def new_tasks() -> tuple[str, str]:
         f"| | rate | {' | '.join(NEW)} | mean |",
         "| --- | ---: |" + " ---: |" * (len(NEW) + 1),
     ]
+    means = {way: list(map(statistics.mean, zip(*by_task.values(), strict=True))) for way, by_task in found.items()}
     for way, by_task in found.items():
-        means = [statistics.mean(losses) for losses in zip(*by_task.values(), strict=True)]
-        cells = [spelled(losses) for losses in (*by_task.values(), means)]
+        cells = map(spelled, (*by_task.values(), means[way]))
         lines.append(f"| {way} | {best[way]:g} | {' | '.join(cells)} |")
+    lines += ["", "Means beside one another, seed by seed:", ""]
+    for way, other in BESIDE.items():
+        change = spelled([a - b for a, b in zip(means[way], means[other], strict=True)])
+        lines.append(f"- {way}, less {other}: {change}")
     return about, "\n".join(lines)
 
 
