@@ -42,6 +42,7 @@ DEPTH = 8  # pixels
 OUTPUTS = {"nuclei": 2, "edges": 1, "depth": 1}
 WEIGHTS = {"nuclei": 1.0, "edges": 10.0, "depth": 1.0}  # of the losses, which are near one another then
 LOWER = ("depth",)  # an error
+DIGITS = {"nuclei": 1, "edges": 1, "depth": 3}
 LORA = {"rank": 12, "alpha": 48.0}  # as many numbers as the factors of MTLORA, and its scale
 MTLORA: dict[str, Any] = {"tasks": tuple(OUTPUTS), "rank": 8, "task_rank": 4}
 ALONE: dict[str, Any] = {"norms": False, "embeddings": False, "downsample": "lora"}
@@ -123,12 +124,12 @@ def dense_tasks() -> tuple[str, str]:
     ]
     for way in WAYS:
         job = (way, *OUTPUTS)
-        cells_of = [spelled([scores[task] for scores in found[job]], 2) for task in OUTPUTS]
+        cells_of = [spelled([scores[task] for scores in found[job]], DIGITS[task]) for task in OUTPUTS]
         of_seeds = zip(found[job], single, strict=True)
         changes = [delta_m({t: scores[t] for t in OUTPUTS}, alone, LOWER) for scores, alone in of_seeds]
         trained = f"{found[job][0]['trained']:,.0f}"
         lines.append(f"| {way} | {rates[job]:g} | {trained} | {' | '.join(cells_of)} | {spelled(changes, 1)} |")
-    one = " | ".join(spelled([scores[task] for scores in single], 2) for task in OUTPUTS)
+    one = " | ".join(spelled([scores[task] for scores in single], DIGITS[task]) for task in OUTPUTS)
     lines.append(f"| full, a model for each task | | {3 * right['numbers']:,.0f} | {one} | |")
     return about, "\n".join(lines)
 
