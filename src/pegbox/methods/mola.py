@@ -12,9 +12,9 @@ Every linear layer has experts and a router of its own, and how many experts is 
 over the tokens of all its layers is added to the loss: 1 where the experts are used alike, more where they are not.
 
 The paper concludes that higher layers need more experts, its final version that middle ones do; the counts are free.
-In the authors' code the balance counts padding, here it does not, except where an encoder and a decoder see tokens of
-their own; dropout is drawn once for all experts.  Experts have no start of their own: `start=eva` gives all of a layer
-the same one, and the routers part them.
+In the authors' code the balance counts padding, here it does not, except at the end of packed rows and where an encoder
+and a decoder see tokens of their own; dropout is drawn once for all experts.  Experts have no start of their own:
+`start=eva` gives all of a layer the same one, and the routers part them.
 """
 
 from __future__ import annotations
