@@ -143,7 +143,7 @@ def test_runs_do_not_depend_on_what_ran_before(values: dict[str, Any]) -> None:
     """The base is the same for every run, whatever trained on it."""
     settings = compare_settings(values)
     methods = built(settings)
-    bench = Bench(settings, list(methods.values()), lambda line: None)
+    bench = Bench(settings, methods, lambda line: None)
 
     def losses(name: str) -> dict[str, torch.Tensor]:
         made = bench.train(methods[name], rate=1e-2, seed=3, steps=3)
@@ -203,7 +203,7 @@ def test_rows_that_cannot_be_judged_are_told(values: dict[str, Any], capsys: pyt
     with Path(values["test"]).open("a") as file:
         file.write('{"text": "what", "label": "unheard of"}\n')
     settings = compare_settings(values)
-    Bench(settings, list(built(settings).values()), print)
+    Bench(settings, built(settings), print)
     assert "test       left out: 1 " in capsys.readouterr().out
 
 
@@ -245,3 +245,15 @@ def test_a_method_is_there_twice_under_labels() -> None:
     assert (found["pissa"][1].start, found["lora"][1].rank) == ("pissa", 4)  # type: ignore[attr-defined]
     with pytest.raises(SettingsError, match="different names"):
         compare_settings({"model": "m", "data": "d", "methods": "lora,lora=dora"})
+
+
+def test_methods_of_tasks_are_compared_with_others(values: dict[str, Any]) -> None:
+    for name in ("data", "test"):
+        path = Path(values[name])
+        told = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row | {"task": row["label"]}) + "\n" for row in told))
+    settings = compare_settings(values | {"methods": "mhr,lora", "mhr.rank": 2, "max_steps": 2})
+    done = compare(settings)
+    labels = sorted({row["label"] for row in told})
+    assert Bench(settings, built(settings), print).methods["mhr"].tasks_known() == tuple(labels)
+    assert {entry.name for entry in done.entries} >= {"mhr", "lora"}

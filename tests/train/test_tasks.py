@@ -10,10 +10,15 @@ import pytest
 import torch
 
 import pegbox
-from pegbox.core.errors import AdapterError, DataError, SettingsError
+from pegbox.core.errors import AdapterError, CannotMerge, DataError, SettingsError
+from pegbox.evaluate.evaluate import EvalSettings, evaluate
+from pegbox.evaluate.export import export
+from pegbox.evaluate.generate import generate
 from pegbox.train import RunResult, run_settings, train
 
 from . import tiny
+
+SHORT: dict[str, Any] = {"max_new_tokens": 2, "template": "chatml"}
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +88,39 @@ def test_experts_are_tasks_by_name(model: Path, data: Path, tmp_path: Path) -> N
     other = written(tmp_path / "other.jsonl", ["up", "dwn"] * 10)
     with pytest.raises(DataError, match="knows no task 'dwn'; did you mean 'down'"):
         run(model, other, tmp_path / "x", method="meteora", method_settings=experts)
+
+
+def test_names_of_tasks_are_kept(model: Path, data: Path, tmp_path: Path) -> None:
+    """So that other data with other tasks in it numbers them alike, from the command line too."""
+    small = {"rank": 2, "heads": 2, "skills": 2}
+    done = run(model, data, tmp_path / "out", method_settings=small, learning_rate=0.1)
+    assert (done.tuned.method.tasks, done.tuned.method.names) == (2, ("down", "up"))  # type: ignore[attr-defined]
+    opened = {"adapter": str(tmp_path / "out"), "objective": "sft"}
+    losses = {}
+    for name in ("up", "down"):
+        one = written(tmp_path / f"{name}.jsonl", [name] * 20)
+        losses[name] = evaluate(EvalSettings(data=str(one), **opened)).after["nll"].mean
+        answer = generate(tmp_path / "out", ["1"], task=name, **SHORT)
+        assert answer == generate(tmp_path / "out", ["1"], task=str(("down", "up").index(name)), **SHORT)
+    assert losses["up"] != losses["down"]
+    with pytest.raises(SettingsError, match=r"knows several tasks \(down, up\), and prompt 1 names none"):
+        generate(tmp_path / "out", ["1"], **SHORT)
+    with pytest.raises(SettingsError, match="no task 'dwn'; did you mean 'down'"):
+        generate(tmp_path / "out", ["1"], task="dwn", **SHORT)
+    three = written(tmp_path / "three.jsonl", ["a", "b", "c", "d"] * 5)
+    with pytest.raises(SettingsError, match=r"mhr\.tasks is 2, and the data names 4 tasks, a, b, c, d"):
+        run(model, three, tmp_path / "x")
+
+
+def test_a_task_for_a_model_without_tasks_is_refused(model: Path) -> None:
+    with pytest.raises(SettingsError, match="this model asks for none"):
+        generate(model, ["1"], task="up", **SHORT)
+
+
+def test_an_adapter_of_several_tasks_is_exported_as_it_is(model: Path, data: Path, tmp_path: Path) -> None:
+    run(model, data, tmp_path / "out", learning_rate=0.1)
+    with pytest.raises(CannotMerge, match="format=adapter or format=peft exports it as it is"):
+        export(tmp_path / "out", tmp_path / "merged")
+    done = export(tmp_path / "out", tmp_path / "again", format="adapter")
+    assert done.report.passed
+    assert pegbox.load(tiny.llama(), tmp_path / "again").adapter().method.names == ("down", "up")  # type: ignore[attr-defined]

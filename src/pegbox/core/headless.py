@@ -43,16 +43,26 @@ log = logging.getLogger("pegbox")
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The base model inside `Tuned`, DDP, FSDP1 and torch.compile wrappers."""
-    while True:
-        wrapped = next((model._modules[name] for name in WRAPPED_AS if name in model._modules), None)
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, Tuned):
-            model = model.model
-        elif wrapped is not None:
-            model = wrapped
+    *_, base = _layers(model)
+    return base
+
+
+def tuned_in(model: nn.Module) -> Tuned | None:
+    """The `Tuned` inside such wrappers, if there is one."""
+    return next((layer for layer in _layers(model) if isinstance(layer, Tuned)), None)
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, what it wraps, what that wraps, down to the base."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        if isinstance(inner, DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(inner, Tuned):
+            inner = inner.model
         else:
-            return model
+            inner = next((inner._modules[name] for name in WRAPPED_AS if name in inner._modules), None)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -240,7 +250,8 @@ def logit_rule(model: nn.Module, inputs: Mapping[str, Any]) -> LogitRule | None:
     base = unwrap(model)
     if not _is_proven(base):
         found = find_head(base)
-        result = "it has no output embeddings" if found is None else _prove(_callable(model), found[0], inputs)
+        with _given(model, inputs):
+            result = "it has no output embeddings" if found is None else _prove(_callable(model), found[0], inputs)
         if isinstance(result, str):
             log.warning("%s is trained from full logits, which takes more memory: %s", type(base).__name__, result)
         _proven[base] = None if isinstance(result, str) else result
@@ -256,6 +267,12 @@ def _is_proven(base: nn.Module) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _rule(base: nn.Module) -> LogitRule | None:
     return _proven[base]
+
+
+def _given(model: nn.Module, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """What of the inputs is for adapters, handed to them: the base, which a proof runs, knows nothing of it."""
+    tuned = tuned_in(model)
+    return contextlib.nullcontext() if tuned is None else tuned.given(**tuned.aside(inputs))
 
 
 def _callable(model: nn.Module) -> nn.Module:

@@ -302,6 +302,18 @@ class Method:
         """Names of the tasks that `task_ids` number, where it has names for them."""
         return ()
 
+    def tasks_needed(self) -> int:
+        """How many tasks it knows, where rows must say theirs wherever it runs; 0 where they need not."""
+        return 0
+
+    def with_tasks(self, names: Sequence[str]) -> Self:
+        """The method for data whose rows name these tasks; the same where it needs no names of them.
+
+        Raises:
+            SettingsError: its settings say otherwise.
+        """
+        return self
+
     def check_given(self, values: Mapping[str, Any]) -> None:
         """Look over what a caller hands to its grafts (`reads`).
 

@@ -96,8 +96,8 @@ def _tasks_of(base: Base, x: Tensor) -> Tensor:
     given = base.site.context.read("task_ids")
     if given is None:
         raise MethodError(
-            "this adapter knows several tasks, and rows must say theirs: call the model with task_ids=..., one for "
-            "each row, or inside tuned.given(task_ids=...)"
+            "this adapter knows several tasks, and rows must say theirs: a column task of the data, task=NAME for "
+            "prompts, or in Python task_ids=..., one for each row, in the call or inside tuned.given(task_ids=...)"
         )
     tasks = torch.as_tensor(given, device=x.device).reshape(-1)
     if len(x) % len(tasks):

@@ -217,7 +217,8 @@ class Tuned(nn.Module):
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """The base's forward.  `labels` is named because trainers look for it in the signature.
 
-        What the adapters in use read from the context may be given here too (`tuned(**batch, task_ids=ids)`).
+        What adapters read from the context may be given here too (`tuned(**batch, task_ids=ids)`); those not in use
+        leave it.
 
         Raises:
             MethodError: a value for the context that they cannot use.
@@ -225,9 +226,9 @@ class Tuned(nn.Module):
         """
         if labels is not None:
             kwargs["labels"] = labels
-        if aside := {word: kwargs.pop(word) for word in self._words() if word in kwargs}:
-            with self.given(**aside):
-                return self.forward(*args, **kwargs)
+        if any(word in kwargs for word in self._words(self.adapters)):
+            with self.given(**self.aside(kwargs)):
+                return self.forward(*args, **{k: v for k, v in kwargs.items() if k not in self._words(self.adapters)})
         self.context.mask = _mask(kwargs)
         if torch.compiler.is_compiling():
             return self.model(*args, **kwargs)
@@ -281,7 +282,7 @@ class Tuned(nn.Module):
         Raises:
             MethodError: a name that no adapter in use reads, or a value that one cannot use.
         """
-        known = self._words()
+        known = self._words(self.active)
         if unknown := [word for word in values if word not in known]:
             raise MethodError(
                 f"no adapter in use reads {unknown[0]!r} from the context{did_you_mean(unknown[0], known)}"
@@ -294,9 +295,13 @@ class Tuned(nn.Module):
         finally:
             self.context.given = before
 
-    def _words(self) -> list[str]:
-        """What the adapters in use read from the context."""
-        return [word for name in self.active for word in self.adapter(name).method.reads]
+    def aside(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a call's arguments is for the adapters in use, and not for the base."""
+        return {word: inputs[word] for word in self._words(self.active) if word in inputs}
+
+    def _words(self, names: Iterable[str]) -> list[str]:
+        """What some adapters read from the context."""
+        return [word for name in names for word in self.adapter(name).method.reads]
 
     @contextlib.contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from pegbox.data.examples import Examples, read, split
 from pegbox.evaluate import memory
 from pegbox.objectives.objective import Objective
 from pegbox.train.arguments import arguments, check_optimizer
-from pegbox.train.datasets import Rows, Source, rows, source
+from pegbox.train.datasets import Rows, Source, rows, source, task_names
 from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
 from pegbox.train.prepare import check_reference, put_on
@@ -47,17 +47,53 @@ class Trained:
     peak: int | None
 
 
+@dataclass(frozen=True)
+class Held:
+    """Rows, those of similar length side by side, so that batches hold little padding; and what makes batches."""
+
+    rows: list[Any]
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
+
+    @classmethod
+    def of(cls, made: Rows) -> Held:
+        return cls(sorted(made.train, key=len), made.collate)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def _strictest(methods: Sequence[Method], packing: bool) -> Method:
+    """The method that asks most of rows: not to be packed, or, where they are not, their tasks.
+
+    Raises:
+        SettingsError: two number tasks in ways of their own.
+    """
+    asking = [m for m in methods if "task_ids" in m.reads]
+    numbered = list(dict.fromkeys(m.tasks_known() for m in asking if m.tasks_known()))
+    if len(numbered) > 1:
+        told = " and ".join(", ".join(names) for names in numbered[:2])
+        raise SettingsError(f"methods of one comparison number tasks alike, and these do not: {told}")
+    picky = [m for m in methods if not m.traits.packs] if packing else asking
+    return (picky or methods)[0]
+
+
 class Bench:
     """Args:
-    methods: all that will be compared; the dtype is one that suits every one of them.
+    given: methods, all that will be compared; the dtype is one that suits every one of them.
+
+    Attributes:
+        methods: the same, told what tasks the data names.
     """
 
-    def __init__(self, settings: CompareSettings, methods: Sequence[Method], say: Callable[[str], None]) -> None:
+    def __init__(self, settings: CompareSettings, given: Mapping[str, Method], say: Callable[[str], None]) -> None:
         self.settings = settings
         output = output_folder(settings.output)
         self.found, test = _sources(settings, output)
         self.objective: Objective = objectives.get(self.found.objective).given(settings.objective_settings)
         check_optimizer(settings)
+        names = task_names(self.found)
+        self.methods = {name: method.with_tasks(names) for name, method in given.items()}
+        methods = list(self.methods.values())
         for method in methods:
             check_reference(self.objective, method)
         trains_base = any(not m.traits.keeps_base for m in methods)
@@ -70,23 +106,22 @@ class Bench:
             wanted = tuple(method.selects(loaded.model, anatomy.of(loaded.model)))
             check_plain(loaded.model, "", f"{method.name()} trains the base's own tensors", wanted)
         self.base = fingerprint(loaded.model, without=loaded.new)
-        strictest = next((m for m in methods if not m.traits.packs), methods[0])
+        strictest = _strictest(methods, settings.packing)
         alone = dataclasses.replace(self.found, valid=None)
         self.rows: Rows = rows(alone, settings, loaded.model, loaded.tokenizer, strictest)
-        held = self._held(test, strictest)
-        self._collate = held.collate
-        self.test = _by_length(list(held.train))
+        self.test = self._held(test, strictest)
         if test.counts.rejected:
             say(f"test       left out: {test.rejected.summary()}")
         assert self.found.valid is not None
-        self.valid = _by_length(list(self._held(self.found.valid, strictest).train))
+        self.valid = self._held(self.found.valid, strictest)
         self.probe: Probe | None = None
 
-    def _held(self, part: Examples, method: Method) -> Rows:
+    def _held(self, part: Examples, method: Method) -> Held:
         """Rows to choose or to judge on, which are never packed: each has a number of its own."""
         alone = dataclasses.replace(self.found, train=part, valid=None)
         loaded = self.loaded()
-        return rows(alone, replace(self.settings, packing=False), loaded.model, loaded.tokenizer, method)
+        made = rows(alone, replace(self.settings, packing=False), loaded.model, loaded.tokenizer, method)
+        return Held.of(made)
 
     # -- the base --------------------------------------------------------------------------------------------------
 
@@ -172,17 +207,17 @@ class Bench:
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
-    def predict(self, model: nn.Module, held: Sequence[Any]) -> dict[str, Tensor]:
+    def predict(self, model: nn.Module, held: Held) -> dict[str, Tensor]:
         """Predictions of rows in their order, reduced to what the deciding metric needs."""
         model.eval()
         kept = [self.objective.predict(model, batch) for batch in self._batches(model, held)]
         joined = {key: torch.cat([k[key].cpu() for k in kept]) for key in kept[0]}
         return reduced(self.objective, joined)
 
-    def _batches(self, model: nn.Module, held: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    def _batches(self, model: nn.Module, held: Held) -> Iterator[dict[str, Any]]:
         device = next(model.parameters()).device
         for start in range(0, len(held), ROWS_AT_ONCE):
-            batch = self._collate(held[start : start + ROWS_AT_ONCE])
+            batch = held.collate(held.rows[start : start + ROWS_AT_ONCE])
             yield {key: value.to(device) for key, value in batch.items()}
 
     def measure(self, predictions: dict[str, Tensor]) -> float:
@@ -206,13 +241,13 @@ class Bench:
         """Whether each row has one class, so that there are a majority class and a linear probe."""
         return self.found.objective == "sequence_classification" and not self.found.multi_label
 
-    def features(self, held: Sequence[Any]) -> Features:
+    def features(self, held: Held) -> Features:
         """What the untouched base's head reads."""
-        return features(self.loaded().model, held, self.rows.collate)
+        return features(self.loaded().model, held.rows, held.collate)
 
     @property
-    def training_rows(self) -> list[Any]:
-        return _by_length(list(self.rows.train))
+    def training_rows(self) -> Held:
+        return Held.of(self.rows)
 
 
 def reduced(objective: Objective, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -234,8 +269,3 @@ def _sources(settings: CompareSettings, output: Path) -> tuple[Source, Any]:
         return dataclasses.replace(found, train=train), test
     kind = found.train.kind if found.train.kind in ("classification", "regression") else None
     return found, read(settings.test, columns=dict(settings.columns) or None, kind=kind)
-
-
-def _by_length(held: list[Any]) -> list[Any]:
-    """Rows of similar length side by side, so that batches hold little padding."""
-    return sorted(held, key=len)

@@ -64,8 +64,8 @@ class _Work:
 
     def __init__(self, settings: CompareSettings, progress: Progress) -> None:
         self.settings, self.progress, self.output = settings, progress, Path(settings.output)
-        self.methods = built(settings)
-        self.bench = Bench(settings, list(self.methods.values()), progress.say)
+        self.bench = Bench(settings, built(settings), progress.say)
+        self.methods = self.bench.methods
         for name, method in self.methods.items():
             self.bench.check(name, method)
         self.log = RunLog(self.output, self._identity())
@@ -75,7 +75,7 @@ class _Work:
     def _identity(self) -> dict[str, Any]:
         """What the runs of this comparison share."""
         held = {"valid": self.bench.valid, "test": self.bench.test}
-        rows = {name: hashlib.sha256("\n".join(r.id for r in part).encode()).hexdigest() for name, part in held.items()}
+        rows = {k: hashlib.sha256("\n".join(r.id for r in part.rows).encode()).hexdigest() for k, part in held.items()}
         shared = {name: getattr(self.settings, name) for name in SHARED}
         return shared | rows | {"data": self.bench.found.hash, "base": self.bench.base, "dtype": str(self.bench.dtype)}
 
@@ -159,7 +159,7 @@ class _Work:
             if self.settings.warm_start:
                 raise SettingsError("warm_start is for classification with one class a row; set warm_start=false")
             return {}
-        labels = torch.tensor([row.label for row in bench.test])
+        labels = torch.tensor([row.label for row in bench.test.rows])
         classes = len(bench.found.labels or ())
         most = majority(torch.tensor([row.label for row in bench.rows.train]), len(labels), classes)
         found = {"majority class": most}

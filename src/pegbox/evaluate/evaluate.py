@@ -173,7 +173,8 @@ def _rows(
     source = Source(examples, None, name, None if labels is None else tuple(map(str, labels)), multi, "", "")
     from pegbox.methods.lora import LoRA
 
-    made = rows(source, run, base, tokenizer, LoRA())
+    method = model.method if isinstance(model, Tuned) and model.method.tasks_needed() else LoRA()
+    made = rows(source, run, base, tokenizer, method)
     learned_by = noted.get("objective_settings") if noted.get("objective") == name else None
     objective = objectives.get(name).given({**(learned_by or {}), **settings.objective_settings})
     return sorted(made.train, key=len), made.collate, objective

@@ -135,7 +135,8 @@ def export(
 def _open(
     chosen: ExportSettings, model: str | os.PathLike[str] | nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> Opened:
-    method = methods.get(methods.read(chosen.adapter).method)
+    file = methods.read(chosen.adapter)
+    method = methods.make(file.method, file.settings)
     if chosen.format == "merged" and method.traits.merge == "no":
         raise CannotMerge(
             f"{method.name()} changes more than weights, so it has no merged form; "
@@ -158,7 +159,10 @@ def _held_out(chosen: ExportSettings) -> list[Mapping[str, Any]]:
 
 
 def _probes(opened: Opened, rows: Sequence[Mapping[str, Any] | str]) -> list[Probe]:
-    return probes(opened.tuned.model, opened.tokenizer, rows)
+    made, tasks = probes(opened.tuned.model, opened.tokenizer, rows), opened.tuned.method.tasks_needed()
+    if not tasks:
+        return made
+    return [Probe(p.name, {**p.inputs, "task_ids": torch.tensor([k % tasks])}) for k, p in enumerate(made)]
 
 
 # -- the formats -------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class Decoding:
     repetition_penalty: float = setting(1.0, "above 1, tokens that were used become less likely", above=0)
     seed: int = setting(0, "of the draws", at_least=0)
     batch_size: int = setting(8, "prompts of one forward", at_least=1)
+    task: str | None = setting(None, "of an adapter that knows several: which, by name or number")
     system: str | None = setting(None, "system message before every prompt that has none")
     template: str | None = setting(None, "chat template by name, for a tokenizer that has none of its own")
     raw: bool = setting(False, "take a text as it is, not as a user's turn")
@@ -111,7 +112,8 @@ def generate(
     """
     model, reader = opened_with(what, base=base, tokenizer=tokenizer, adapters=adapters, quantise=quantise)
     decoding = decoding or build(Decoding, settings, what="generate")
-    return list(_answers(model, reader, prompts, _choices(model, which, adapters, len(prompts)), decoding))
+    which, tasks = _choices(model, which, adapters, len(prompts)), _tasks(model, decoding, [None] * len(prompts))
+    return list(_answers(model, reader, prompts, which, tasks, decoding))
 
 
 def generate_file(
@@ -141,10 +143,11 @@ def generate_file(
     model, reader = opened_with(what, base=base, tokenizer=tokenizer, adapters=adapters, quantise=quantise)
     which = _choices(model, [row.get("adapter") for row in rows] if adapters else None, adapters, len(rows))
     decoding = decoding or build(Decoding, settings, what="generate")
+    tasks = _tasks(model, decoding, [row.get("task") for row in rows])
     target = output_folder(os.fspath(Path(output).parent)) / Path(output).name
     partial = target.with_name(f"{target.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        for row, answer in zip(rows, _answers(model, reader, prompts, which, decoding), strict=True):
+        for row, answer in zip(rows, _answers(model, reader, prompts, which, tasks, decoding), strict=True):
             file.write(json.dumps({**row, "response": answer}, ensure_ascii=False, default=str) + "\n")
     partial.replace(target)
     return len(rows)
@@ -158,12 +161,13 @@ def stream(
 
     decoding = decoding or Decoding()
     inputs, config = _inputs(model, tokenizer, [prompt], decoding), _config(model, tokenizer, decoding)
+    tasks = _tasks(model, decoding, [None])
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop, failed = threading.Event(), list[BaseException]()
 
     def work() -> None:
         try:
-            with _drawn(decoding.seed):
+            with _drawn(decoding.seed), _using(model, None, tasks):
                 model.generate(  # type: ignore[operator]
                     **inputs,
                     generation_config=config,
@@ -236,6 +240,28 @@ def _choices(model: nn.Module, which: Rows | None, adapters: Mapping[str, Any] |
     return which
 
 
+def _tasks(model: nn.Module, decoding: Decoding, named: Sequence[Any]) -> list[int] | None:
+    """The number of each prompt's task, one for all or as their rows name it; None where the model asks for none."""
+    if not (isinstance(model, Tuned) and len(model.active) == 1 and model.method.tasks_needed()):
+        if decoding.task is not None:
+            raise SettingsError(
+                f"task={decoding.task} is for an adapter that knows several tasks; this model asks for none"
+            )
+        return None
+    known = model.method.tasks_known()
+    wanted = [task if decoding.task is None else decoding.task for task in named]
+    for k, task in enumerate(wanted):
+        if task is None:
+            told = f" ({', '.join(known)})" if known else ""
+            raise SettingsError(
+                f"this adapter knows several tasks{told}, and prompt {k + 1} names none; give task=NAME, or a column "
+                "task of the data"
+            )
+        if task not in known and not str(task).isdecimal():
+            raise SettingsError(f"no task {task!r}{did_you_mean(str(task), known)}")
+    return [known.index(task) if task in known else int(task) for task in wanted]
+
+
 # -- generating --------------------------------------------------------------------------------------------------
 
 
@@ -244,13 +270,14 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     which: Rows | None,
+    tasks: Sequence[int] | None,
     decoding: Decoding,
 ) -> Iterator[str]:
     config = _config(model, tokenizer, decoding)
     for start in range(0, len(prompts), decoding.batch_size):
         some = slice(start, start + decoding.batch_size)
         inputs = _inputs(model, tokenizer, prompts[some], decoding, start)
-        with _drawn(decoding.seed + start), _using(model, which[some] if which is not None else None):
+        with _drawn(decoding.seed + start), _using(model, which and which[some], tasks and tasks[some]):
             out = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
         new = out if _has_encoder(model) else out[:, inputs["input_ids"].shape[1] :]  # (rows, new tokens)
         yield from tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -317,8 +344,15 @@ def _drawn(seed: int) -> Iterator[None]:
         yield
 
 
-def _using(model: nn.Module, which: Rows | None) -> contextlib.AbstractContextManager[None]:
-    return model.rows(which) if isinstance(model, Tuned) and which is not None else contextlib.nullcontext()
+@contextlib.contextmanager
+def _using(model: nn.Module, which: Rows | None, tasks: Sequence[int] | None) -> Iterator[None]:
+    """Inside, rows have adapters and tasks of their own."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, Tuned) and which is not None:
+            stack.enter_context(model.rows(which))
+        if isinstance(model, Tuned) and tasks is not None:
+            stack.enter_context(model.given(task_ids=tasks))
+        yield
 
 
 def _rows(source: str | os.PathLike[str]) -> list[dict[str, Any]]:

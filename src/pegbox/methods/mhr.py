@@ -23,7 +23,7 @@ HF PEFT do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -64,7 +64,8 @@ class MHR(Method):
     rank: int = setting(8, "rank of a skill", at_least=1)
     alpha: float = setting(1.0, "the update is scaled by alpha / rank", above=0)
     dropout: float = setting(0.0, "share of the update's inputs dropped while training", at_least=0, below=1)
-    tasks: int = setting(1, "tasks that rows may be of", at_least=1)
+    tasks: int = setting(1, "tasks that rows may be of; 1: as many as the data names", at_least=1)
+    names: tuple[str, ...] = setting((), "of the tasks, in the order of task_ids; the data's if not given")
     skills: int = setting(4, "LoRAs that are mixed", at_least=1)
     heads: int = setting(4, "slices of inputs and outputs that are mixed apart; 1 is Polytropon", at_least=1)
     train: Train = setting("all", "what learns; average: the mean of the skills, as one LoRA")  # noqa: RUF009
@@ -90,6 +91,8 @@ class MHR(Method):
         return self.skills if self.mixes else 1
 
     def graft(self, site: Site, shared: nn.Module | None) -> TaskMixtureGraft:
+        if len(set(self.names)) not in (0, self.tasks):
+            raise SettingsError(f"mhr.names must name {self.tasks} tasks, each once, got {', '.join(self.names)}")
         if not self.mixes and self.tasks > 1:
             raise SettingsError(f"mhr.train=average tunes one LoRA for one task, and mhr.tasks is {self.tasks}")
         shape = (self.heads, self.kept, self.rank)
@@ -105,12 +108,29 @@ class MHR(Method):
         learned = 0 if self.train == "routing" else self.kept * self.rank * sum(site.shape)
         return learned + routing
 
+    def tasks_known(self) -> tuple[str, ...]:
+        return self.names
+
+    def tasks_needed(self) -> int:
+        return self.tasks if self.tasks > 1 else 0
+
+    def with_tasks(self, names: Sequence[str]) -> Self:
+        if self.names or len(names) < 2:
+            return self
+        if self.tasks not in (1, len(names)):
+            told = f"{len(names)} tasks, {', '.join(names)}"
+            raise SettingsError(f"mhr.tasks is {self.tasks}, and the data names {told}; leave mhr.tasks out")
+        return replace(self, tasks=len(names), names=tuple(names))
+
     def check_given(self, values: Mapping[str, Any]) -> None:
         if "task_ids" not in values:
             return
         ids = torch.as_tensor(values["task_ids"]).reshape(-1)
         if wrong := [k for k in ids.tolist() if not (isinstance(k, int) and 0 <= k < self.tasks)]:
-            raise MethodError(f"task_ids must be 0..{self.tasks - 1}, as mhr.tasks is {self.tasks}, got {wrong[0]}")
+            raise MethodError(
+                f"task_ids must be 0..{self.tasks - 1}, as mhr.tasks is {self.tasks}, got {wrong[0]}; say how many "
+                "tasks there are, or name them in the data"
+            )
 
     def inherited(self, other: Self, own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         skills = {name: theirs[name] for name in ("a", "b")}

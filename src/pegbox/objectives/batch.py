@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from pegbox.core.errors import DataError, did_you_mean
-from pegbox.core.headless import unwrap
+from pegbox.core.headless import tuned_in, unwrap
 from pegbox.objectives.objective import Batch
 
+TASKS = "task_ids"
 READ_HERE = frozenset(
     {
         "labels",
@@ -30,10 +31,18 @@ READ_HERE = frozenset(
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The model's arguments: the batch without what objectives read, and no cache where the model would keep one."""
+    """The model's arguments: the batch without what objectives read, and no cache where the model would keep one.
+
+    Tasks of rows, which a batch says for all methods of a comparison, are left out where nothing asks for them.
+    """
     inputs = {key: value for key, value in batch.items() if key not in READ_HERE}
-    if "use_cache" in inspect.signature(type(unwrap(model)).forward).parameters:
+    asked = inspect.signature(type(unwrap(model)).forward).parameters
+    if "use_cache" in asked:
         inputs["use_cache"] = False
+    if TASKS in inputs and TASKS not in asked:
+        tuned = tuned_in(model)
+        if tuned is None or TASKS not in tuned.aside(inputs):
+            del inputs[TASKS]
     return inputs
 
 

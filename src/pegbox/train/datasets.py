@@ -247,6 +247,17 @@ def rows(found: Source, settings: RunSettings, model: nn.Module, tokenizer: Toke
     )
 
 
+def task_names(found: Source) -> tuple[str, ...]:
+    """Of the tasks that rows are of, where they say so by names; sorted."""
+    return tuple(sorted({task for task in _tasks_told(found).values() if isinstance(task, str)}))
+
+
+def _tasks_told(found: Source) -> dict[str, Any]:
+    """What each row says of its task, by the row's id; nothing of a stream's."""
+    parts = [part for part in (found.train, found.valid) if part is not None and isinstance(part.rows, Sequence)]
+    return {row["id"]: row.get("task") for part in parts for row in part}
+
+
 def _tasks(found: Source, settings: RunSettings, method: Method) -> dict[str, int]:
     """The number of each row's task, by the row's id, for a method that asks for tasks; none where no row has one.
 
@@ -255,8 +266,7 @@ def _tasks(found: Source, settings: RunSettings, method: Method) -> dict[str, in
     """
     if "task_ids" not in method.reads:
         return {}
-    parts = [part for part in (found.train, found.valid) if part is not None and isinstance(part.rows, Sequence)]
-    told: dict[str, Any] = {row["id"]: row.get("task") for part in parts for row in part}
+    told = _tasks_told(found)
     given = {task for task in told.values() if task is not None}
     if not given:
         return {}
@@ -264,8 +274,8 @@ def _tasks(found: Source, settings: RunSettings, method: Method) -> dict[str, in
         raise DataError(f"{found.train.source}: row {without[0]} has no task, and others have ({len(without)} of them)")
     if settings.packing:
         raise SettingsError(f"{method.name()} takes rows of one task each, and packed rows hold several; packing=false")
-    named = sorted(task for task in given if isinstance(task, str))
-    known = method.tasks_known() or tuple(named)
+    named = task_names(found)
+    known = method.tasks_known() or named
     if unknown := [task for task in named if task not in known]:
         what = f"{found.train.source}: {method.name()} knows no task {unknown[0]!r}"
         raise DataError(f"{what}{did_you_mean(unknown[0], known)}")

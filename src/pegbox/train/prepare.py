@@ -18,7 +18,7 @@ from pegbox.core.storage import quantised_parameters
 from pegbox.objectives.objective import Objective
 from pegbox.objectives.preference import Referred
 from pegbox.train.arguments import check_optimizer
-from pegbox.train.datasets import Rows, Source, rows, source
+from pegbox.train.datasets import Rows, Source, rows, source, task_names
 from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
 from pegbox.train.probe import features, head, linear_probe, put
@@ -81,6 +81,7 @@ def prepare(settings: RunSettings, output: Path, say: Say) -> Job:
     method = methods.make(settings.method, settings.method_settings)
     _seed(settings.seed)
     found = source(settings, output if is_main() else None)
+    method = method.with_tasks(task_names(found))
     say(f"data       {found.train.announcement}; objective {found.objective}")
     objective = objectives.get(found.objective).given(settings.objective_settings)
     check_reference(objective, method)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pegbox import anatomy
 from pegbox.core.errors import DataError, MissingExtra, ModelError
+from pegbox.objectives.batch import model_inputs
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # scikit-learn's C, of features with a mean variance of 1
 ROUNDS = 300  # of L-BFGS
@@ -77,9 +78,9 @@ def features(model: nn.Module, rows: Sequence[Any], collate: Callable[[Sequence[
     model.eval()
     try:
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            batch = dict(collate(rows[start : start + ROWS_AT_ONCE]))
-            labels.append(batch.pop("labels"))
-            model(**batch)
+            batch = collate(rows[start : start + ROWS_AT_ONCE])
+            labels.append(batch["labels"])
+            model(**model_inputs(model, batch))
             kept.append(_one_a_row(seen.pop(), batch.get("attention_mask")))
     finally:
         handle.remove()
