@@ -65,7 +65,7 @@ def summary_table() -> Table:
         column.no_wrap = column.header != "seams"
     entries = {name: describe(name) for name in methods.names()}
     named = [f"{name} ({', '.join(entry['presets'])})" for name, entry in entries.items() if entry["presets"]]
-    table.caption = f"presets, as preset=NAME: {'; '.join(named)}"
+    table.caption = f"presets, as method.preset=NAME, in Python preset=NAME: {'; '.join(named)}"
     for name, entry in entries.items():
         traits = entry["traits"]
         table.add_row(
@@ -87,7 +87,7 @@ def text(name: str) -> str:
     for key, spec in entry["settings"]["properties"].items():
         lines.append(f"  {key} = {spec.get('default')!r}  {spec.get('description', '')}")
     if entry["presets"]:
-        lines += ["", "presets (preset=NAME; other settings given beside it win):"]
+        lines += ["", "presets (method.preset=NAME, in Python preset=NAME; other settings given beside it win):"]
     for key, preset in entry["presets"].items():
         chosen = ", ".join(f"{k}={v!r}" for k, v in preset["settings"].items())
         lines += [f"  {key}: {chosen}", f"    {preset['source']}"]

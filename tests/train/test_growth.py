@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pegbox
-from pegbox.core.errors import CannotMix, MethodError
+from pegbox.core.errors import CannotMix, MethodError, SettingsError
 from pegbox.core.growth import growing
 from pegbox.core.tuned import Tuned
 from pegbox.train.growth import restarted
@@ -141,6 +141,12 @@ def test_a_resumed_run_ends_in_the_same_bits(method: str, schedule: str, tmp_pat
     rates = [[group["lr"] for group in trainer.optimizer.param_groups] for trainer in (first, second)]
     assert rates[0] == rates[1]
     assert len(rates[0]) > 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_start_above_the_budget_is_refused(method: str) -> None:
+    with pytest.raises(SettingsError, match=f"{method}.first is 4, .* above {method}.rank=3"):
+        pegbox.tune(tiny.llama(), method, rank=3, first=4)
 
 
 def test_what_cannot_follow_is_refused(tmp_path: Path) -> None:

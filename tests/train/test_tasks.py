@@ -124,3 +124,8 @@ def test_an_adapter_of_several_tasks_is_exported_as_it_is(model: Path, data: Pat
     done = export(tmp_path / "out", tmp_path / "again", format="adapter")
     assert done.report.passed
     assert pegbox.load(tiny.llama(), tmp_path / "again").adapter().method.names == ("down", "up")  # type: ignore[attr-defined]
+
+
+def test_a_run_does_not_train_what_only_heads_of_ones_own_read(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"heads of your own read the streams of mtlora.tasks"):
+        run(model, data, tmp_path / "out", method="mtlora", method_settings={"tasks": ("up", "down")})

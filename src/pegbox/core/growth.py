@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pegbox.core import starts
+from pegbox.core.errors import SettingsError
 from pegbox.core.graft import LowRankGraft, check_rank
 from pegbox.core.low_rank_start import LowRankMethod, value_at
 from pegbox.core.method import Method
@@ -112,7 +113,16 @@ class GrowingMethod(LowRankMethod):
         return False  # what stands between A and B is zero at the start
 
     def built(self, graft: GrowingGraft, site: Site) -> GrowingGraft:
-        """A graft with its first block, grown as far as is known."""
+        """A graft with its first block, grown as far as is known.
+
+        Raises:
+            SettingsError: it starts above its budget, or grows above what its matrix can have.
+        """
+        if self.first > self.rank:
+            raise SettingsError(
+                f"{self.name()}.first is {self.first}, the rank of every layer at the start, and above "
+                f"{self.name()}.rank={self.rank}, their mean in the end"
+            )
         for step, size in self.grown.get(site.path, ()):
             graft.grow(size, step)
         check_rank(site, graft.rank)
@@ -134,7 +144,7 @@ class GrowingMethod(LowRankMethod):
 
     def left(self, grafts: Mapping[str, GrowingGraft]) -> int:
         """Ranks until the budget is full."""
-        return self.rank * len(grafts) - sum(graft.rank for graft in grafts.values())
+        return max(0, self.rank * len(grafts) - sum(graft.rank for graft in grafts.values()))
 
     def before_step(self, tuned: Tuned, step: int, steps: int) -> None:
         for name in [name for name in tuned.active if tuned.adapter(name).method is self]:

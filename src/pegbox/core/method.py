@@ -306,6 +306,10 @@ class Method:
         """How many tasks it knows, where rows must say theirs wherever it runs; 0 where they need not."""
         return 0
 
+    def read_aside(self) -> str | None:
+        """Where what it trains is read, if that is not the model's output; objectives know of that alone."""
+        return None
+
     def with_tasks(self, names: Sequence[str]) -> Self:
         """The method for data whose rows name these tasks; the same where it needs no names of them.
 

@@ -26,7 +26,7 @@ from pegbox.train.arguments import arguments, check_optimizer
 from pegbox.train.datasets import Rows, Source, rows, source, task_names
 from pegbox.train.hardware import choose_dtype
 from pegbox.train.model import Loaded, load
-from pegbox.train.prepare import check_reference, put_on
+from pegbox.train.prepare import check_method, put_on
 from pegbox.train.probe import ROWS_AT_ONCE, Features, Probe, features, head, put
 from pegbox.train.run import output_folder
 from pegbox.train.trainer import Trainer
@@ -95,7 +95,7 @@ class Bench:
         self.methods = {name: method.with_tasks(names) for name, method in given.items()}
         methods = list(self.methods.values())
         for method in methods:
-            check_reference(self.objective, method)
+            check_method(self.objective, method)
         trains_base = any(not m.traits.keeps_base for m in methods)
         self.dtype, why = choose_dtype(settings.dtype, trains_base=trains_base)
         say(f"data       {self.found.train.announcement}; objective {self.found.objective}")

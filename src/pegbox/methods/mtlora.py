@@ -13,9 +13,9 @@ at the ends of stages are `features(tuned, pixel_values)`, for heads such as tho
 
 `mode=matrixv2` adds s B A x' to y_t too.  In `addition`, y = W x + LayerNorm(sum_t y_t) at layers with tasks, not the
 base's at the start.  With tasks, norms, patch embedding, tables of positions and linear layers of `downsample` train
-whole, as differences from the base's; MTLoRA+ has A and B in the latter.  Without tasks this is LoRA, and merges.
-The authors' code may have task factors in all blocks, of which only `addition` reads those before a stage's last, so
-`intermediate` is refused elsewhere.  It keeps q, k and v in one matrix, with one A, and may train s and s_t.
+whole, as differences from the base's; MTLoRA+ has A and B in the latter.  Without tasks this is LoRA, and merges.  The
+authors' code may have task factors in all blocks, of which only `addition` reads all, so `intermediate` is refused
+elsewhere.  It keeps q, k and v in one matrix, with one A, and may train s and s_t.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ class SplitGraft(Graft):
             change = self.norm(torch.stack(ys).sum(0))
         elif self.shared is not None:
             change = low_rank_product(seen, *self.shared.factors())
-        if self.mode == "matrixv2":
-            ys = [y + change for y in ys]
+        ys = [y + change for y in ys] if self.mode == "matrixv2" else ys
         return self.flow.joined(w + change, ys)
 
 
@@ -106,6 +105,9 @@ class MTLoRA(Method):
         "pascal+": Preset("Agiza et al., 2024, arXiv:2403.20320: MTLoRA+", {**PASCAL, "downsample": "lora"}),
     }
 
+    def read_aside(self) -> str | None:
+        return "the streams of mtlora.tasks, by features(tuned, ...)" if self.tasks else None
+
     def sites(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
         linears, streams = super().sites(model, anatomy), self.shared(model, anatomy)
         if streams is None:
@@ -116,9 +118,8 @@ class MTLoRA(Method):
 
     def whole(self, anatomy: Anatomy, streams: Streams) -> list[str]:
         """Paths of what trains whole."""
-        ends = streams.reductions if self.downsample == "whole" else []
-        others = patches_and_positions(anatomy) if self.embeddings else []
-        return [*ends, *others, *(norms(anatomy) if self.norms else [])]
+        ends = [*streams.reductions] if self.downsample == "whole" else []
+        return ends + self.embeddings * patches_and_positions(anatomy) + self.norms * norms(anatomy)
 
     def shared(self, model: nn.Module, anatomy: Anatomy) -> Streams | None:
         if self.intermediate and self.mode != "addition":

@@ -84,7 +84,7 @@ def prepare(settings: RunSettings, output: Path, say: Say) -> Job:
     method = method.with_tasks(task_names(found))
     say(f"data       {found.train.announcement}; objective {found.objective}")
     objective = objectives.get(found.objective).given(settings.objective_settings)
-    check_reference(objective, method)
+    check_method(objective, method)
     dtype, why = choose_dtype(settings.dtype, trains_base=not method.traits.keeps_base)
     say(f"dtype      {why}")
     loaded = load(
@@ -110,14 +110,17 @@ def prepare(settings: RunSettings, output: Path, say: Say) -> Job:
     return Job(settings, found, objective, made, tuned, loaded.tokenizer, facts["dtype"], facts)
 
 
-def check_reference(objective: Objective, method: Method) -> None:
-    """Raise SettingsError where the objective compares with the base, and the method, which trains it, leaves none."""
+def check_method(objective: Objective, method: Method) -> None:
+    """Raise SettingsError where the objective compares with the base, and the method, which trains it, leaves none; or
+    where it does not read what the method trains."""
     asked = isinstance(objective.options, Referred) and objective.options.precompute
     if objective.refers and not method.traits.keeps_base and not asked:
         raise SettingsError(
             f"objective {objective.name} compares with the model before training, and {method.name()} trains the "
             "base's own tensors; set objective.precompute=true, which asks the base first, or use another method"
         )
+    if (aside := method.read_aside()) is not None:
+        raise SettingsError(f"heads of your own read {aside}, and {objective.name} has none; leave that out of a run")
 
 
 def _check(settings: RunSettings) -> None:
