@@ -6,14 +6,13 @@ input and, where they train, the factors.
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.measure import median_seconds
 from benchmarks.models import DTYPES
 
 EXPERTS, RANK, CHOSEN = 8, 8, 2
@@ -37,13 +36,8 @@ def measure(how: str, train: str, dtype: str, steps: int) -> dict[str, Any]:
 
 
 def _median(call: Any, x: Tensor, steps: int) -> float:
-    """Of all but the first."""
-    seconds, gradient = [], torch.randn_like(x)
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        call(x).backward(gradient)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    gradient = torch.randn_like(x)
+    return median_seconds(lambda: call(x).backward(gradient), steps)
 
 
 def _product(layer: nn.Linear, train: str) -> Any:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 KINDS = ("training", "chat", "decoding", "denoising", "pretraining", "experts", "streams", "calibration", "starting")
@@ -26,6 +29,16 @@ def fresh(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"{kind} {arguments} failed: {done.stderr.strip()[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+def median_seconds(call: Callable[[], None], steps: int) -> float:
+    """Of that many calls, after one to warm up."""
+    seconds = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 def main() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor
 from transformers import SwinConfig, SwinModel
 
 import pegbox
+from benchmarks.measure import median_seconds
 from benchmarks.models import DTYPES
 from pegbox.methods.mtlora import features
 
@@ -52,16 +50,6 @@ def measure(method: str, dtype: str, steps: int) -> dict[str, Any]:
     if method == "mtlora":
         found["alone"] = sum(_alone(config, stage, DTYPES[dtype]) for stage in range(len(config.depths)))
     return found
-
-
-def median_seconds(call: Callable[[], None], steps: int) -> float:
-    """Of all calls but the first."""
-    seconds = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
 
 
 def _alone(config: SwinConfig, stage: int, dtype: torch.dtype) -> float:

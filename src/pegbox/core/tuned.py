@@ -226,9 +226,10 @@ class Tuned(nn.Module):
         """
         if labels is not None:
             kwargs["labels"] = labels
-        if any(word in kwargs for word in self._words(self.adapters)):
+        words = self._words(self.adapters)
+        if any(word in kwargs for word in words):
             with self.given(**self.aside(kwargs)):
-                return self.forward(*args, **{k: v for k, v in kwargs.items() if k not in self._words(self.adapters)})
+                return self.forward(*args, **{key: value for key, value in kwargs.items() if key not in words})
         self.context.mask = _mask(kwargs)
         if torch.compiler.is_compiling():
             return self.model(*args, **kwargs)

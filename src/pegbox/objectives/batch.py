@@ -11,7 +11,7 @@ from pegbox.core.errors import DataError, did_you_mean
 from pegbox.core.headless import tuned_in, unwrap
 from pegbox.objectives.objective import Batch
 
-TASKS = "task_ids"
+FOR_ADAPTERS = ("task_ids",)  # what a batch says to all methods of a comparison, and some ask for
 READ_HERE = frozenset(
     {
         "labels",
@@ -31,18 +31,17 @@ READ_HERE = frozenset(
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The model's arguments: the batch without what objectives read, and no cache where the model would keep one.
-
-    Tasks of rows, which a batch says for all methods of a comparison, are left out where nothing asks for them.
-    """
+    """The model's arguments: the batch without what objectives read, or adapters could and do not, and no cache where
+    the model would keep one."""
     inputs = {key: value for key, value in batch.items() if key not in READ_HERE}
     asked = inspect.signature(type(unwrap(model)).forward).parameters
     if "use_cache" in asked:
         inputs["use_cache"] = False
-    if TASKS in inputs and TASKS not in asked:
+    if said := [word for word in FOR_ADAPTERS if word in inputs and word not in asked]:
         tuned = tuned_in(model)
-        if tuned is None or TASKS not in tuned.aside(inputs):
-            del inputs[TASKS]
+        heard = {} if tuned is None else tuned.aside(inputs)
+        for word in set(said) - set(heard):
+            del inputs[word]
     return inputs
 
 
